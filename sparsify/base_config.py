@@ -1,0 +1,222 @@
+"""Configs: frozen pydantic models read from YAML, with every field open to the command line.
+
+`load_config` serves all scripts: `CONFIG.yaml --loss.sparsity.coeff 0.5 --lr 1e-3`, `--help`, and
+`--print-config`. Nothing here imports torch, so that these, and a message about a wrong setting,
+come at once.
+"""
+
+import argparse
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, LiteralString, NoReturn, Self, TypeVar, cast
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    create_model,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+
+class UserError(ValueError):
+    """Bad input from a person: a setting, a file, a name. The message says how to mend it.
+
+    Scripts print the message alone and exit with code 2.
+    """
+
+
+class BaseConfig(BaseModel):
+    """A frozen config. An unknown key is an error that names the nearest known one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _keys_are_known(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        # A validator may be handed anything; what is not a mapping is refused by pydantic.
+        if not isinstance(data, Mapping):
+            return handler(data)
+        known = {key: value for key, value in data.items() if key in cls.model_fields}
+        problems = [
+            _problem("unknown_key", f"unknown key {nearest(str(key), cls.model_fields)}", (), data)
+            for key in data
+            if key not in known
+        ]
+        if not problems:
+            return handler(data)
+        try:
+            handler(known)
+        except ValidationError as error:
+            problems += [
+                _problem(found["type"], found["msg"], found["loc"], found["input"])
+                for found in error.errors()
+            ]
+        raise ValidationError.from_exception_data(cls.__name__, problems)
+
+
+AnyConfig = TypeVar("AnyConfig", bound=BaseConfig)
+
+
+def _problem(
+    kind: str, message: str, place: tuple[int | str, ...], given: object
+) -> InitErrorDetails:
+    # The message is passed as a value, as it may hold braces, which would be read as fields.
+    error = PydanticCustomError(cast(LiteralString, kind), "{message}", {"message": message})
+    return InitErrorDetails(type=error, loc=place, input=given)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`'name'`, followed by the most similar of the `known` names if one is at all similar."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"'{name}'; did you mean '{close[0]}'?" if close else f"'{name}'"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        UserError: There is no such file, or it is not a YAML mapping.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is not valid YAML; mend this: {error}") from None
+    if not isinstance(content, dict):
+        kind = "nothing" if content is None else type(content).__name__
+        raise UserError(f"{path}: holds {kind}, not 'key: value' lines")
+    return content
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, which by itself keeps the last of equal keys and drops the others."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key_node.value}' is given twice", key_node.start_mark
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+def dump_yaml(config: BaseConfig) -> str:
+    """The config as YAML that `read_yaml` and validation turn back into an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def validate_config(config_class: type[AnyConfig], content: object, source: str) -> AnyConfig:
+    """A config from plain data; `source` names where it came from.
+
+    Raises:
+        UserError: The data do not fit. The message has one line per problem.
+    """
+    try:
+        return config_class.model_validate(content)
+    except ValidationError as error:
+        problems = [_describe(problem) for problem in error.errors()]
+        raise UserError("\n".join([f"{source} is not a valid config:", *problems])) from None
+
+
+def _describe(problem: Mapping[str, Any]) -> str:
+    place = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"  {place}: is required and has no default; set it"
+    given = problem["input"]
+    shown = "" if isinstance(given, Mapping | BaseModel) else f" (given: {given!r})"
+    return f"  {place}: {message}{shown}" if place else f"  {message}"
+
+
+def load_config(config_class: type[AnyConfig], argv: Sequence[str], description: str) -> AnyConfig:
+    """The config of a script from its command line.
+
+    Args:
+        config_class: What the script needs to know.
+        argv: Arguments without the program's name: a YAML file and overrides of its fields.
+        description: First line of `--help`.
+
+    Raises:
+        UserError: The file or an override is not valid.
+        SystemExit: `--help` or `--print-config` has been answered.
+    """
+    parser = _Parser(description=description, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("config", metavar="CONFIG.yaml", type=Path, help="settings of the run")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the complete config and exit"
+    )
+    overrides = _add_field_options(parser, config_class)
+    namespace, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        options = [option for option in parser.option_names() if option.startswith("--")]
+        raise UserError(f"unknown option {nearest(unknown[0].split('=')[0], options)}")
+    content = _merge(read_yaml(namespace.config), overrides(namespace))
+    config = validate_config(config_class, content, str(namespace.config))
+    if namespace.print_config:
+        print(dump_yaml(config), end="")
+        raise SystemExit(0)
+    return config
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with errors raised as `UserError`, and options only by their full name."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+    def option_names(self) -> list[str]:
+        return list(self._option_string_actions)
+
+
+def _add_field_options(
+    parser: argparse.ArgumentParser, config_class: type[BaseConfig]
+) -> Callable[[argparse.Namespace], dict[str, Any]]:
+    """Add an option for every field; returns what reads the options that were given."""
+    from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
+
+    class Settings(BaseSettings):
+        model_config = SettingsConfigDict(extra="forbid", cli_parse_none_str="null")
+
+    settings_class = create_model("Settings", __base__=(config_class, Settings))
+    source = CliSettingsSource(
+        settings_class,
+        root_parser=parser,
+        cli_exit_on_error=False,
+        cli_parse_none_str="null",
+        cli_hide_none_type=False,
+        cli_avoid_json=True,
+    )
+    return lambda namespace: _with_null_lists(source(parsed_args=namespace)())
+
+
+def _with_null_lists(overrides: dict[str, Any]) -> dict[str, Any]:
+    # pydantic-settings reads null as the only element of a list, where the field may be a list.
+    return {
+        key: _with_null_lists(value)
+        if isinstance(value, dict)
+        else (None if value == [None] else value)
+        for key, value in overrides.items()
+    }
+
+
+def _merge(base: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in overrides.items():
+        old = merged.get(key)
+        merged[key] = (
+            _merge(old, value) if isinstance(value, Mapping) and isinstance(old, dict) else value
+        )
+    return merged

@@ -1,0 +1,63 @@
+"""What the command-line scripts share: reading the config, exit codes, and the `sparsify` command.
+
+Nothing heavy is imported before a config is known to be valid.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+
+from dotenv import find_dotenv, load_dotenv
+
+from sparsify.base_config import AnyConfig, UserError, load_config
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+COMMANDS = {
+    "train-saes": "sparsify.scripts.train_tlens_saes.run_train_tlens_saes",
+    "train-lm": "sparsify.scripts.train_tlens.run_train_tlens",
+}
+
+
+def run_script(
+    config_class: type[AnyConfig],
+    main: Callable[[AnyConfig], None],
+    description: str,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Run `main` with the config that the command line gives.
+
+    Args:
+        config_class: What `main` takes.
+        main: The work. It imports what is heavy itself.
+        description: First line of `--help`.
+        argv: Arguments without the program's name. None: those of the process.
+
+    Returns:
+        Exit code: 0 done, 2 bad input, with its message on stderr, 130 interrupted.
+    """
+    # Keys of wandb and the hub; what is set in the environment wins.
+    load_dotenv(find_dotenv(usecwd=True))
+    try:
+        main(load_config(config_class, sys.argv[1:] if argv is None else argv, description))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def main() -> int:
+    """The `sparsify` command: `sparsify COMMAND CONFIG.yaml [--key VALUE ...]`."""
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if command in ("-h", "--help"):
+        print(f"usage: sparsify {{{','.join(COMMANDS)}}} CONFIG.yaml [--key VALUE ...]")
+        return 0
+    if command not in COMMANDS:
+        print(f"error: no command '{command}'; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    script = importlib.import_module(COMMANDS[command])
+    return script.main(sys.argv[2:])
