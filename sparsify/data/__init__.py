@@ -1,0 +1,1 @@
+"""Training text: sources of documents, packed into sequences of tokens, in resumable batches."""

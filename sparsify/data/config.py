@@ -1,0 +1,92 @@
+"""What to train on. Imports nothing heavy, so that a wrong setting is reported at once."""
+
+from difflib import get_close_matches
+from typing import Self
+
+from pydantic import NonNegativeInt, PositiveInt, model_validator
+
+from sparsify.base_config import BaseConfig
+
+PYTHON_STDLIB = "python-stdlib"
+PYTHON_STDLIB_SPLITS = ("train", "validation")
+
+
+class DataConfig(BaseConfig):
+    """Text or token ids, and how they are cut into sequences and put in order."""
+
+    dataset_name: str
+    """`python-stdlib` (built in), a file or folder, or the name of a dataset on the hub.
+
+    Parquet, jsonl and json files are tables with one document per row. Of any other file, and of
+    each file of a folder without tables, the text is one document.
+    """
+    subset: str | None = None
+    """Name of a part of a hub dataset (its "config"). None: the dataset has no parts."""
+    split: str = "train"
+    """`train` or `validation` of `python-stdlib`; of other data, whatever splits they have."""
+    streaming: bool = True
+    """Read tables piece by piece as they are needed. False downloads and caches them first, which
+    also lets documents be shuffled over the whole table instead of over its files."""
+    is_tokenized: bool = False
+    """Rows of a table are token ids, exactly `n_ctx` in each."""
+    column_name: str | None = None
+    """Column of a table. None: `input_ids` if `is_tokenized`, else `text`."""
+    tokenizer_name: str | None = None
+    """Tokenizer of the text, or that made the ids. None: the model's own."""
+    n_ctx: PositiveInt
+    """Tokens in a sequence, BOS included."""
+    add_bos_token: bool = False
+    """Every sequence starts with the BOS token."""
+    seed: NonNegativeInt | None = None
+    """Seed of the order. None: the run's seed."""
+    n_epochs: PositiveInt | None = 1
+    """Passes over the data. None: no end."""
+    shuffle_block_samples: PositiveInt = 4096
+    """Sequences that are held in memory and shuffled together. 1 keeps each document's sequences
+    in a row and gives the first batch soonest, which suits an evaluation on few samples."""
+
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self) -> Self:
+        if self.is_tokenized and self.add_bos_token:
+            raise ValueError(
+                "add_bos_token: true cannot be combined with is_tokenized: true, whose sequences "
+                "are used as they are; set one of them to false"
+            )
+        if self.add_bos_token and self.n_ctx == 1:
+            raise ValueError("n_ctx: 1 has room for the BOS token only; use at least 2")
+        return self
+
+    @model_validator(mode="after")
+    def _python_stdlib_is_spelt_right(self) -> Self:
+        # Anything else would be looked for on the hub, which takes long without a network.
+        is_close = get_close_matches(self.dataset_name, [PYTHON_STDLIB], cutoff=0.8)
+        if is_close and self.dataset_name != PYTHON_STDLIB:
+            raise ValueError(
+                f"dataset_name: '{self.dataset_name}' is unknown; did you mean '{PYTHON_STDLIB}'?"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _settings_suit_python_stdlib(self) -> Self:
+        if self.dataset_name != PYTHON_STDLIB:
+            return self
+        if self.split not in PYTHON_STDLIB_SPLITS:
+            raise ValueError(
+                f"split: {PYTHON_STDLIB} has no split '{self.split}'; "
+                f"use one of {', '.join(PYTHON_STDLIB_SPLITS)}"
+            )
+        if settings := table_settings(self):
+            raise ValueError(f"{settings}: has no meaning for {PYTHON_STDLIB}; remove it")
+        return self
+
+    @property
+    def column(self) -> str:
+        """The column that will be read."""
+        return self.column_name or ("input_ids" if self.is_tokenized else "text")
+
+
+def table_settings(config: DataConfig) -> str:
+    """What `config` sets that only a table can obey, as `name: value, ...`, or nothing."""
+    defaults = {"subset": None, "streaming": True, "is_tokenized": False, "column_name": None}
+    given = {name: getattr(config, name) for name in defaults}
+    return ", ".join(f"{name}: {given[name]}" for name in defaults if given[name] != defaults[name])

@@ -1,0 +1,175 @@
+"""Streams of documents that can stop anywhere and go on there later.
+
+A stream gives its documents in chunks. With each chunk comes the position behind it, in plain data
+that a checkpoint can hold; the stream can be entered again at any such position. What is held in
+memory is one chunk.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from datasets import IterableDataset
+
+from sparsify.base_config import UserError
+
+Position = list[Any]
+"""Place in a stream; what it holds is the stream's own business, but it is always plain data."""
+
+CHUNK_DOCUMENTS = 256
+CHUNK_CHARS = 250_000
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some documents in a row.
+
+    Attributes:
+        documents: All texts, or all lists of token ids.
+        next: Position behind them.
+        is_cut: The last document goes on in the next chunk.
+    """
+
+    documents: list[str] | list[list[int]]
+    next: Position
+    is_cut: bool = False
+
+
+class Documents(Protocol):
+    """Documents in an order that a random generator decides."""
+
+    def chunks(self, rng: np.random.Generator, position: Position | None) -> Iterator[Chunk]:
+        """The documents from `position` on. None is the start.
+
+        A position is valid only with a generator in the state that it had when the position was
+        made.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """Files whose text is one document each; long ones are read in pieces.
+
+    Attributes:
+        paths: The files.
+        skip_binary: Leave out files that are not UTF-8, instead of refusing them.
+    """
+
+    paths: Sequence[Path]
+    skip_binary: bool
+
+    def chunks(self, rng: np.random.Generator, position: Position | None) -> Iterator[Chunk]:
+        """See `Documents`. A position is the number of files done and bytes of the next one."""
+        order = rng.permutation(len(self.paths))
+        n_done, offset = position or (0, 0)
+        texts: list[str] = []
+        while n_done < len(order):
+            text, offset = self._read(self.paths[order[n_done]], offset)
+            n_done += offset == 0
+            texts += [text] if text else []
+            if offset or len(texts) == CHUNK_DOCUMENTS or sum(map(len, texts)) >= CHUNK_CHARS:
+                yield Chunk(texts, [n_done, offset], is_cut=offset > 0)
+                texts = []
+        if texts:
+            yield Chunk(texts, [n_done, 0])
+
+    def _read(self, path: Path, offset: int) -> tuple[str, int]:
+        try:
+            return read_piece(path, offset)
+        except UnicodeDecodeError:
+            if self.skip_binary and offset == 0:
+                return "", 0
+            raise UserError(
+                f"dataset_name: '{path}' is not UTF-8 text; convert or remove it"
+            ) from None
+
+
+def read_piece(path: Path, offset: int, max_bytes: int = CHUNK_CHARS) -> tuple[str, int]:
+    """Text from byte `offset` of a UTF-8 file, and the offset behind it (0: the file is done).
+
+    A piece that is not the last ends with a line, or, in a longer line, between two characters.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        file.seek(offset)
+        data = file.read(max_bytes)
+    if offset + len(data) >= size:
+        return data.decode("utf-8"), 0
+    end = data.rfind(b"\n") + 1
+    if end == 0:
+        end = len(data)
+        while end > 1 and data[end - 1] & 0xC0 == 0x80:  # not the first byte of a character
+            end -= 1
+        end -= 1
+    return data[:end].decode("utf-8"), offset + end
+
+
+@dataclass(frozen=True)
+class TableRows:
+    """One column of a `datasets` table. Its shards are put in order, the rows of one stay in order.
+
+    Attributes:
+        dataset: The table.
+        column: Its column of texts or of lists of token ids.
+        is_tokenized: Which of the two.
+        name: What to call the table in messages.
+    """
+
+    dataset: IterableDataset
+    column: str
+    is_tokenized: bool
+    name: str
+
+    def chunks(self, rng: np.random.Generator, position: Position | None) -> Iterator[Chunk]:
+        """See `Documents`. A position is the number of shards done and the state of the next."""
+        n_shards = self.dataset.num_shards
+        order = rng.permutation(n_shards)
+        n_done, state = position or (0, None)
+        for index in range(n_done, n_shards):
+            shard = self.dataset.shard(num_shards=n_shards, index=int(order[index]))
+            if state is not None:
+                shard.load_state_dict(state)
+            state = None
+            documents: list[Any] = []  # str or list[int], as `is_tokenized` says
+            for row in shard:
+                documents += self.contents(row)
+                if len(documents) == CHUNK_DOCUMENTS or _n_items(documents) >= CHUNK_CHARS:
+                    yield Chunk(documents, [index, shard.state_dict()])
+                    documents = []
+            if documents:
+                yield Chunk(documents, [index + 1, None])
+
+    def contents(self, row: dict[str, Any]) -> list[str] | list[list[int]]:
+        """The document of a row, or nothing if it is empty.
+
+        Raises:
+            UserError: The row does not hold what `is_tokenized` says.
+        """
+        value = row[self.column]
+        if value in (None, "", []):
+            return []
+        if not self.is_tokenized and isinstance(value, str):
+            return [value]
+        if self.is_tokenized and isinstance(value, list) and all(type(i) is int for i in value):
+            return [value]
+        found = "text" if isinstance(value, str) else _describe(value)
+        wanted = "lists of token ids" if self.is_tokenized else "text"
+        other = "false" if self.is_tokenized else "true"
+        raise UserError(
+            f"is_tokenized: column '{self.column}' of '{self.name}' holds {found}, not {wanted}; "
+            f"set is_tokenized: {other}, or column_name to another column"
+        )
+
+
+def _n_items(documents: Sequence[str | list[int]]) -> int:
+    return sum(map(len, documents))
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, list):
+        return f"lists of {type(value[0]).__name__}"
+    return f"values of type {type(value).__name__}"

@@ -1,0 +1,48 @@
+"""The built-in text: the standard library of the Python that runs this.
+
+A file belongs to a split by a hash of its path, so that it stays there on every machine and no
+validation file is ever trained on.
+"""
+
+import hashlib
+import os
+import sysconfig
+from pathlib import Path
+from typing import Literal
+
+_OTHER_PACKAGES = {"site-packages", "dist-packages", "__pycache__"}
+_VALIDATION_PERCENT = 5
+
+
+def iter_files(split: Literal["train", "validation"]) -> list[Path]:
+    """The source files of a split, in the order of their paths."""
+    root = Path(sysconfig.get_path("stdlib"))
+    names: list[str] = []
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in _OTHER_PACKAGES]
+        below = Path(folder).relative_to(root)
+        names += [(below / name).as_posix() for name in files if name.endswith(".py")]
+    return [root / name for name in sorted(names) if split_of(name) == split]
+
+
+def split_of(relative_path: str) -> Literal["train", "validation"]:
+    """The split of a file, from its path below the library's folder, with forward slashes."""
+    digest = hashlib.sha256(relative_path.encode()).digest()
+    is_validation = int.from_bytes(digest[:8], "big") % 100 < _VALIDATION_PERCENT
+    return "validation" if is_validation else "train"
+
+
+def read_texts(split: Literal["train", "validation"]) -> list[str]:
+    """The texts of a split, without files that are empty or not UTF-8.
+
+    Line ends are left as they are, so that the encoded texts have the bytes of the files.
+    """
+    texts: list[str] = []
+    for path in iter_files(split):
+        try:
+            text = path.read_bytes().decode("utf-8")
+        except UnicodeDecodeError:
+            continue
+        if text:
+            texts.append(text)
+    return texts

@@ -1,0 +1,126 @@
+"""Finds the documents that a `DataConfig` names, and refuses what cannot be read."""
+
+from pathlib import Path
+
+from datasets import Dataset, IterableDataset, load_dataset
+
+from sparsify.base_config import UserError
+from sparsify.data.config import PYTHON_STDLIB, DataConfig, table_settings
+from sparsify.data.documents import CHUNK_DOCUMENTS, Documents, TableRows, TextFiles
+from sparsify.data.python_stdlib import iter_files
+
+_TABLE_SUFFIXES = {".parquet", ".jsonl", ".json"}
+_MAX_SHARDS = 1024
+
+
+def open_documents(config: DataConfig) -> Documents:
+    """The documents of `config`; the first row of a table has been looked at.
+
+    Raises:
+        UserError: There is nothing there, or not what the config says.
+    """
+    if config.dataset_name == PYTHON_STDLIB:
+        split = "validation" if config.split == "validation" else "train"
+        return TextFiles(iter_files(split), skip_binary=True)
+    path = Path(config.dataset_name).expanduser()
+    if path.is_dir():
+        return _open_folder(config, path)
+    if path.exists():
+        if path.suffix in _TABLE_SUFFIXES:
+            return _open_table(config, path)
+        return _text_files(config, [path], skip_binary=False)
+    if _looks_like_path(config.dataset_name):
+        raise UserError(
+            f"dataset_name: there is no file or folder '{config.dataset_name}' "
+            f"(looked at {path.absolute()}); check the path"
+        )
+    return _open_table(config, None)
+
+
+def _looks_like_path(name: str) -> bool:
+    known_suffix = Path(name).suffix in {*_TABLE_SUFFIXES, ".txt", ".md", ".py", ".csv", ".arrow"}
+    return name[:1] in {".", "/", "~"} or name.count("/") > 1 or "\\" in name or known_suffix
+
+
+def _open_folder(config: DataConfig, folder: Path) -> Documents:
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(folder).parts)
+    )
+    suffixes = {path.suffix for path in files}
+    # Source trees hold json files too; only a folder of nothing else is a table of json.
+    if suffixes & {".parquet", ".jsonl"} or suffixes == {".json"}:
+        return _open_table(config, folder)
+    return _text_files(config, files, skip_binary=True)
+
+
+def _text_files(config: DataConfig, paths: list[Path], skip_binary: bool) -> TextFiles:
+    if config.split != "train":
+        raise UserError(
+            f"split: text files have no split '{config.split}' ({config.dataset_name}); remove "
+            f"the setting, and name another file or folder in dataset_name for other data"
+        )
+    if settings := table_settings(config):
+        raise UserError(
+            f"{settings}: has no meaning for text files ({config.dataset_name}); remove it, or "
+            f"use a parquet or jsonl file"
+        )
+    if not any(path.stat().st_size for path in paths):
+        raise UserError(
+            f"dataset_name: '{config.dataset_name}' is empty; name a file or folder with text"
+        )
+    return TextFiles(paths, skip_binary)
+
+
+def _open_table(config: DataConfig, path: Path | None) -> TableRows:
+    """A table in local files, or, without a path, of the hub."""
+    name = config.dataset_name
+    if path is not None and config.subset is not None:
+        raise UserError(f"subset: '{config.subset}' has no meaning for local files; remove it")
+    try:
+        dataset = _load(config, path)
+        first_row = next(iter(dataset.take(1)), None)
+    # `datasets` passes on the errors of the hub client, the network, the file system, pyarrow and
+    # its own; all mean that the data named by the person cannot be read.
+    except Exception as error:
+        raise UserError(_refusal(config, path, error)) from error
+    if first_row is None:
+        raise UserError(f"dataset_name: '{name}' is empty; name data with at least one row")
+    if config.column not in first_row:
+        raise UserError(
+            f"column_name: '{name}' has no column '{config.column}'; "
+            f"set it to one of {', '.join(first_row)}"
+        )
+    rows = TableRows(
+        dataset.select_columns([config.column]), config.column, config.is_tokenized, name
+    )
+    rows.contents(first_row)
+    return rows
+
+
+def _load(config: DataConfig, path: Path | None) -> IterableDataset:
+    where = {"split": config.split, "streaming": config.streaming}
+    if path is None:
+        dataset = load_dataset(config.dataset_name, config.subset, **where)
+    elif path.is_dir():
+        dataset = load_dataset(str(path.absolute()), **where)
+    else:
+        # As a file of its folder: asked for by its format, `datasets` would call home.
+        dataset = load_dataset(str(path.absolute().parent), data_files=path.name, **where)
+    if isinstance(dataset, Dataset):
+        n_shards = min(_MAX_SHARDS, max(1, len(dataset) // CHUNK_DOCUMENTS))
+        return dataset.to_iterable_dataset(num_shards=n_shards)
+    return dataset
+
+
+def _refusal(config: DataConfig, path: Path | None, error: Exception) -> str:
+    if path is not None and path.is_file() and path.stat().st_size == 0:
+        return f"dataset_name: '{config.dataset_name}' is empty; name data with at least one row"
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if path is not None:
+        remedy = "check the file and the split"
+    else:
+        remedy = "check name, split, subset and network; there is no such local file or folder"
+    what = f"dataset_name: '{config.dataset_name}' (split '{config.split}') cannot be read"
+    return f"{what}: {reason}; {remedy}"

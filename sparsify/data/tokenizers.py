@@ -1,0 +1,75 @@
+"""Loads tokenizers, and trains a small one."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from sparsify.base_config import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+_BUNDLED = {"tiny-python": Path(__file__).parent.parent / "assets" / "tiny_python"}
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A fast tokenizer.
+
+    Args:
+        name: `tiny-python` (bundled), a folder, or a name on the Hugging Face hub.
+
+    Raises:
+        UserError: There is no such tokenizer, or it cannot be had, or it is not a fast one.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(_BUNDLED.get(name, name)))
+    # transformers passes on the errors of the hub client, the network, and its own of several
+    # kinds; all mean that the tokenizer named by the person cannot be loaded.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"tokenizer_name: '{name}' cannot be loaded: {reason}; name tiny-python, a folder "
+            f"with tokenizer.json, or a tokenizer of the hub (this needs a network)"
+        ) from error
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"tokenizer_name: '{name}' has no fast version (tokenizer.json); use one that has"
+        )
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer, whose token 0 both begins and ends a text.
+
+    Every text can be encoded and comes back unchanged.
+
+    Args:
+        texts: What to learn the merges from.
+        vocab_size: Number of tokens, at least the 256 bytes and the special one. Little text may
+            give fewer.
+
+    Raises:
+        UserError: `vocab_size` is below 257.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + 1:
+        raise UserError(
+            f"vocab_size: {vocab_size} is too small for the {len(alphabet)} bytes and "
+            f"{END_OF_TEXT}; use at least {len(alphabet) + 1}"
+        )
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )

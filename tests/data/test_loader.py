@@ -1,0 +1,208 @@
+import io
+import multiprocessing
+import os
+import pickle
+import signal
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from sparsify.base_config import UserError
+from sparsify.data.config import DataConfig
+from sparsify.data.loader import TokenLoader, build_loader
+from sparsify.data.tokens import TokenSequences
+
+Workers = Literal[0, 1]
+
+
+@pytest.fixture(params=["files", "table", "ids"])
+def data(request: pytest.FixtureRequest, tmp_path: Path, texts: list[str]) -> dict[str, Any]:
+    """Config fields of the same amount of data in three forms."""
+    if request.param == "files":
+        return {"dataset_name": str(request.getfixturevalue("source_tree"))}
+    path = tmp_path / "table.parquet"
+    ids = [[index, *range(7)] for index in range(140)]
+    columns = {"text": texts} if request.param == "table" else {"input_ids": ids}
+    Dataset.from_dict(columns).to_parquet(path, batch_size=16)
+    return {"dataset_name": str(path), "is_tokenized": request.param == "ids"}
+
+
+def build(
+    data: dict[str, Any],
+    tokenizer: PreTrainedTokenizerFast,
+    num_workers: Workers = 0,
+    **fields: Any,
+) -> TokenLoader:
+    options = {"n_ctx": 8, "shuffle_block_samples": 30, **data, **fields}
+    config = DataConfig.model_validate(options)
+    return build_loader(
+        config, batch_size=4, tokenizer=tokenizer, seed=0, d_vocab=300, num_workers=num_workers
+    )
+
+
+def as_lists(batches: list[Tensor]) -> list[list[list[int]]]:
+    return [batch.tolist() for batch in batches]
+
+
+def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_batches_are_whole_and_int64(data: dict[str, Any], tokenizer: PreTrainedTokenizerFast):
+    batches = list(build(data, tokenizer))
+    assert len(batches) > 20
+    assert {tuple(batch.shape) for batch in batches} == {(4, 8)}
+    assert {batch.dtype for batch in batches} == {torch.int64}
+
+
+def test_the_seed_of_the_config_goes_before_the_one_of_the_run(
+    source_tree: Path, tokenizer: PreTrainedTokenizerFast
+):
+    data = {"dataset_name": str(source_tree)}
+    same, other = build(data, tokenizer, seed=0), build(data, tokenizer, seed=1)
+    batches = as_lists(list(build(data, tokenizer)))
+    assert batches == as_lists(list(same))
+    assert batches != as_lists(list(other))
+
+
+def test_an_iteration_starts_anew_each_time(
+    data: dict[str, Any], tokenizer: PreTrainedTokenizerFast
+):
+    loader = build(data, tokenizer)
+    first = as_lists(list(islice(loader, 5)))
+    assert as_lists(list(loader))[:5] == first
+    assert as_lists(list(loader))[:5] == first
+
+
+@pytest.mark.parametrize("n_epochs", [2, None])
+def test_resumed_loader_gives_the_rest(
+    data: dict[str, Any], n_epochs: int | None, tokenizer: PreTrainedTokenizerFast
+):
+    n_total = 2 * len(list(build(data, tokenizer)))
+    expected = as_lists(list(islice(build(data, tokenizer, n_epochs=n_epochs), n_total)))
+    for n_before in (0, 5, n_total // 2 + 1):
+        loader = build(data, tokenizer, n_epochs=n_epochs)
+        assert as_lists(list(islice(loader, n_before))) == expected[:n_before]
+        resumed = build(data, tokenizer, n_epochs=n_epochs)
+        resumed.load_state_dict(saved_and_loaded(loader.state_dict()))
+        rest = as_lists(list(islice(resumed, len(expected) - n_before)))
+        assert rest == expected[n_before:]
+
+
+def test_resume_through_a_worker_process(data: dict[str, Any], tokenizer: PreTrainedTokenizerFast):
+    expected = as_lists(list(build(data, tokenizer, n_epochs=2)))
+    loader = build(data, tokenizer, num_workers=1, n_epochs=2)
+    assert as_lists(list(islice(loader, 5))) == expected[:5]
+    resumed = build(data, tokenizer, num_workers=1, n_epochs=2)
+    resumed.load_state_dict(saved_and_loaded(loader.state_dict()))
+    assert as_lists(list(resumed)) == expected[5:]
+
+
+def test_tokenizer_that_has_run_does_not_complain_about_the_worker(
+    source_tree: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    texts: list[str],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    tokenizer(texts)
+    next(iter(build({"dataset_name": str(source_tree)}, tokenizer, num_workers=1)))
+    assert capfd.readouterr().err == ""
+
+
+def test_interrupt_does_not_end_the_worker(source_tree: Path, tokenizer: PreTrainedTokenizerFast):
+    others = set(multiprocessing.active_children())
+    loader = build({"dataset_name": str(source_tree)}, tokenizer, num_workers=1)
+    batches = iter(loader)
+    next(batches)
+    [worker] = set(multiprocessing.active_children()) - others
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGINT)
+    assert len(list(batches)) + 1 == len(list(build({"dataset_name": str(source_tree)}, tokenizer)))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_loader_saved_at_its_end_stays_there_once(
+    num_workers: Workers, source_tree: Path, tokenizer: PreTrainedTokenizerFast
+):
+    data = {"dataset_name": str(source_tree)}
+    loader = build(data, tokenizer, num_workers)
+    n_batches = len(list(loader))
+    resumed = build(data, tokenizer, num_workers)
+    resumed.load_state_dict(loader.state_dict())
+    assert list(resumed) == []
+    assert len(list(resumed)) == n_batches
+
+
+def test_loader_leaves_the_global_random_state_alone(
+    source_tree: Path, tokenizer: PreTrainedTokenizerFast
+):
+    before = torch.get_rng_state()
+    list(build({"dataset_name": str(source_tree)}, tokenizer))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_sequences_can_be_sent_to_a_process_that_is_no_fork(
+    data: dict[str, Any], tokenizer: PreTrainedTokenizerFast
+):
+    sequences = build(data, tokenizer)._loader.dataset
+    assert isinstance(sequences, TokenSequences)
+    copy = pickle.loads(pickle.dumps(sequences))
+    assert [row.tolist() for row in copy] == [row.tolist() for row in sequences]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_bad_late_row_is_reported_in_one_line(
+    num_workers: Workers, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+):
+    Dataset.from_dict({"input_ids": [[1] * 8] * 5 + [[1] * 9]}).to_parquet(tmp_path / "t.parquet")
+    data = {"dataset_name": str(tmp_path / "t.parquet"), "is_tokenized": True}
+    with pytest.raises(UserError, match=r"^n_ctx: a row of '.*' has 9 tokens, not 8; [^\n]*$"):
+        list(build(data, tokenizer, num_workers))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_data_without_one_batch_are_rejected(
+    num_workers: Workers, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+):
+    (tmp_path / "a.txt").write_text("X" * 20)
+    with pytest.raises(UserError, match=r"a.txt' holds 2 sequences, less than one batch of 4; use"):
+        list(build({"dataset_name": str(tmp_path / "a.txt")}, tokenizer, num_workers))
+
+
+def refusal(tokenizer: PreTrainedTokenizerFast | None, **options: Any) -> str:
+    fields = options.pop("fields", {})
+    config = DataConfig(dataset_name="python-stdlib", n_ctx=8, **fields)
+    with pytest.raises(UserError) as error:
+        build_loader(config, batch_size=4, tokenizer=tokenizer, seed=0, num_workers=0, **options)
+    return str(error.value)
+
+
+def test_data_that_do_not_suit_the_model_are_rejected(tokenizer: PreTrainedTokenizerFast):
+    assert refusal(tokenizer, model_n_ctx=4).startswith(
+        "n_ctx: 8 is beyond the model's context of 4; use at most 4"
+    )
+    message = refusal(tokenizer, d_vocab=299, fields={"tokenizer_name": "mine"})
+    assert "'mine' has token ids up to 299, but the model's vocabulary has 299 ids" in message
+    assert "text needs a tokenizer and the model has none; name one" in refusal(None)
+
+
+def test_tokenizer_without_the_tokens_that_are_needed_is_rejected(
+    tokenizer: PreTrainedTokenizerFast,
+):
+    backend = tokenizer.backend_tokenizer
+    bare = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert "has no end-of-text token to put between documents" in refusal(bare)
+    no_bos = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    message = refusal(no_bos, fields={"add_bos_token": True})
+    assert message.startswith("add_bos_token: 'the model's tokenizer' has no BOS token; set")

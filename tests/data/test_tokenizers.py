@@ -1,0 +1,45 @@
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from sparsify.base_config import UserError
+from sparsify.data.tokenizers import END_OF_TEXT, load_tokenizer, train_tokenizer
+
+
+@pytest.mark.parametrize(
+    "text", ["def f(x):\n\treturn x  # ünï\r\n", "a , b .\n\n\n", "\x00 \N{SNAKE}"]
+)
+def test_encoded_text_comes_back_unchanged(text: str, tokenizer: PreTrainedTokenizerFast):
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == text
+
+
+def test_trained_tokenizer_begins_and_ends_texts_with_token_zero(
+    tokenizer: PreTrainedTokenizerFast,
+):
+    assert len(tokenizer) == 300
+    assert tokenizer.bos_token_id == tokenizer.eos_token_id == 0
+    assert tokenizer.convert_ids_to_tokens(0) == END_OF_TEXT
+
+
+def test_saved_tokenizer_loads_and_encodes_alike(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, texts: list[str]
+):
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded(texts)["input_ids"] == tokenizer(texts)["input_ids"]
+    assert loaded.eos_token_id == 0
+    assert loaded.decode(loaded("a , b")["input_ids"]) == "a , b"
+
+
+def test_too_small_vocabulary_is_rejected():
+    with pytest.raises(UserError, match=r"vocab_size: 256 is too small .* use at least 257"):
+        train_tokenizer(["text"], vocab_size=256)
+
+
+def test_missing_tokenizer_is_named(tmp_path: Path):
+    with pytest.raises(
+        UserError, match=r"tokenizer_name: '.*' cannot be loaded: .*; name tiny-pyt"
+    ):
+        load_tokenizer(str(tmp_path))
