@@ -1,0 +1,26 @@
+"""Plain versions of the kernels: full logits, gradients by autograd. Tests compare with these."""
+
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsify.kernels.chunked import Unembed
+
+
+def full_kl(
+    orig_resid: Float[Tensor, "*sample d_model"],
+    new_resid: Float[Tensor, "*sample d_model"],
+    unembed: Unembed,
+) -> Float[Tensor, ""]:
+    """See `sparsify.kernels.chunked.chunked_kl`."""
+    log_orig = F.log_softmax(unembed(orig_resid.detach()), dim=-1)
+    log_new = F.log_softmax(unembed(new_resid), dim=-1)
+    return (log_orig.exp() * (log_orig - log_new)).sum(dim=-1).mean()
+
+
+def full_cross_entropy(
+    resid: Float[Tensor, "*sample d_model"], targets: Int[Tensor, "*sample"], unembed: Unembed
+) -> Float[Tensor, ""]:
+    """See `sparsify.kernels.chunked.chunked_cross_entropy`."""
+    logits = unembed(resid)
+    return F.cross_entropy(logits.flatten(end_dim=-2), targets.flatten())

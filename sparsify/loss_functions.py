@@ -1,0 +1,39 @@
+"""The math of the loss terms: tensors in, a scalar out.
+
+Dimensions: `*sample` is any leading batch and position dimensions, `d_act` the width of the
+hooked activation, `n_dict` the number of dictionary elements. KL is in `sparsify.kernels.chunked`.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def sparsity(c: Float[Tensor, "*sample n_dict"], d_act: int, p_norm: float) -> Float[Tensor, ""]:
+    """The p-norm of `c`, (sum |c|^p)^(1/p), averaged over samples, per dimension of the activation.
+
+    Braun et al. 2024 divide by `d_act`, not `n_dict`, so that one coefficient serves models of
+    different width.
+
+    An entry that is exactly zero gets no gradient, and neither does a sample whose code is all
+    zeros. The derivative is undefined there (for p < 1 infinite). After a ReLU nothing is lost by
+    this: it passes no gradient at zero anyway.
+
+    Args:
+        c: Sparse activations.
+        d_act: Width of the activation that the SAE read.
+        p_norm: Above zero. Towards zero the norm overflows: in float32 below about 0.05 when some
+            tens of entries are active.
+    """
+    return torch.linalg.vector_norm(c, ord=p_norm, dim=-1).mean() / d_act
+
+
+def mse(
+    pred: Float[Tensor, "*sample d_act"], target: Float[Tensor, "*sample d_act"]
+) -> Float[Tensor, ""]:
+    """Squared difference, averaged over samples and over the activation's dimensions.
+
+    Gradients reach both arguments.
+    """
+    return F.mse_loss(pred, target)

@@ -1,0 +1,1 @@
+"""Sparse autoencoders: one file per kind, and the config of each."""

@@ -1,0 +1,193 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparsify.kernels.chunked import chunked_cross_entropy, chunked_kl
+from sparsify.kernels.reference import full_cross_entropy, full_kl
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+class SoftCapped(nn.Module):
+    """A final norm, an unembedding with bias, and a soft cap, whose backward needs its output."""
+
+    def __init__(self, d_model: int, d_vocab: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(d_model, dtype=dtype)
+        self.unembed = nn.Linear(d_model, d_vocab, dtype=dtype)
+
+    def forward(self, resid: Tensor) -> Tensor:
+        return 5 * torch.tanh(self.unembed(self.norm(resid)))
+
+
+class CountRows:
+    """Records how many rows each call of an unembedding gets."""
+
+    def __init__(self, unembed: nn.Module) -> None:
+        self.unembed = unembed
+        self.n_rows: list[int] = []
+
+    def __call__(self, resid: Tensor) -> Tensor:
+        self.n_rows.append(len(resid))
+        return self.unembed(resid)
+
+
+def assert_close(actual: Tensor | tuple[Tensor, ...], expected: Tensor | tuple[Tensor, ...]):
+    """Assert that `actual` is within the tolerance of its precision."""
+    first = actual if isinstance(actual, Tensor) else actual[0]
+    tolerance = TOLERANCE[first.dtype]
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+
+
+def grads_of(loss: Tensor, *wanted: Tensor) -> tuple[Tensor, ...]:
+    # A weight other than 1, which the backward pass has to respect.
+    return torch.autograd.grad(3 * loss, wanted)
+
+
+def as_resid(logits: list[list[float]], requires_grad: bool = False) -> Tensor:
+    return torch.tensor(logits, requires_grad=requires_grad)
+
+
+def test_kl_is_from_orig_to_new_by_hand():
+    # p_orig = (1/2, 1/2), p_new = (1/4, 3/4):
+    # KL(orig || new) = 1/2 log((1/2) / (1/4)) + 1/2 log((1/2) / (3/4)) = 0.143841,
+    # while KL(new || orig) = 1/4 log(1/2) + 3/4 log(3/2) = 0.130812.
+    orig, new = as_resid([[0.0, 0.0]]), as_resid([[0.0, math.log(3)]], requires_grad=True)
+    kl = chunked_kl(orig, new, nn.Identity())
+    assert kl.item() == pytest.approx(0.143841, abs=1e-6)
+    kl.backward()
+    # p_new - p_orig
+    torch.testing.assert_close(new.grad, torch.tensor([[-0.25, 0.25]]))
+
+
+def test_kl_is_averaged_over_tokens():
+    # One token of 0.143841 nats as above and one of 0.
+    orig = as_resid([[0.0, 0.0], [1.0, 2.0]])
+    new = as_resid([[0.0, math.log(3)], [1.0, 2.0]])
+    assert chunked_kl(orig, new, nn.Identity()).item() == pytest.approx(0.143841 / 2, abs=1e-6)
+
+
+def test_cross_entropy_by_hand():
+    # p = (1/4, 3/4) at both tokens; targets 0 and 1: -(log 1/4 + log 3/4) / 2 = 0.836988
+    resid = as_resid([[0.0, math.log(3)], [0.0, math.log(3)]], requires_grad=True)
+    loss = chunked_cross_entropy(resid, torch.tensor([0, 1]), nn.Identity())
+    assert loss.item() == pytest.approx(0.836988, abs=1e-6)
+    loss.backward()
+    # (p - one_hot(target)) / 2
+    torch.testing.assert_close(resid.grad, torch.tensor([[-0.375, 0.375], [0.125, -0.125]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("chunk_size", [1, 4, 21, 1000, None])
+@pytest.mark.parametrize("shape", [(3, 7), (1,), (1, 1), (2, 3, 1)])
+def test_kl_equals_full_logits(dtype: torch.dtype, chunk_size: int | None, shape: tuple[int, ...]):
+    unembed = SoftCapped(5, 11, dtype)
+    orig = torch.randn(*shape, 5, dtype=dtype, requires_grad=True)
+    new = torch.randn(*shape, 5, dtype=dtype, requires_grad=True)
+    kl, expected = chunked_kl(orig, new, unembed, chunk_size), full_kl(orig, new, unembed)
+    assert_close(kl, expected)
+    assert_close(grads_of(kl, new), grads_of(expected, new))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("chunk_size", [1, 4, 21, 1000, None])
+@pytest.mark.parametrize("shape", [(3, 7), (1,)])
+def test_cross_entropy_equals_full_logits(
+    dtype: torch.dtype, chunk_size: int | None, shape: tuple[int, ...]
+):
+    unembed = SoftCapped(5, 11, dtype)
+    params = list(unembed.parameters())
+    resid = torch.randn(*shape, 5, dtype=dtype, requires_grad=True)
+    targets = torch.randint(11, shape)
+    loss = chunked_cross_entropy(resid, targets, unembed, params, chunk_size)
+    expected = full_cross_entropy(resid, targets, unembed)
+    assert_close(loss, expected)
+    wanted = (resid, *params)
+    assert_close(grads_of(loss, *wanted), grads_of(expected, *wanted))
+
+
+def test_kl_gives_gradients_to_the_new_residual_stream_only():
+    unembed = SoftCapped(4, 6, torch.float32)
+    orig, new = (torch.randn(5, 4, requires_grad=True) for _ in range(2))
+    chunked_kl(orig, new, unembed).backward()
+    assert new.grad is not None
+    assert orig.grad is None
+    assert all(param.grad is None for param in unembed.parameters())
+
+
+def test_kl_of_equal_runs_is_zero_with_zero_gradient():
+    unembed = SoftCapped(4, 6, torch.float64)
+    resid = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    kl = chunked_kl(resid, resid, unembed)
+    assert kl.item() == 0
+    assert not grads_of(kl, resid)[0].any()
+
+
+def test_frozen_parameters_get_no_gradient():
+    unembed = SoftCapped(4, 6, torch.float32).requires_grad_(False)
+    unembed.unembed.weight.requires_grad_()
+    resid = torch.randn(5, 4)
+    loss = chunked_cross_entropy(resid, torch.arange(5), unembed, list(unembed.parameters()))
+    loss.backward()
+    assert unembed.unembed.weight.grad is not None
+    assert unembed.unembed.bias.grad is None
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_only_the_value_is_computed(context: type):
+    unembed = SoftCapped(4, 6, torch.float64)
+    orig, new = (torch.randn(5, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    targets = torch.arange(5)
+    params = list(unembed.parameters())
+    expected = chunked_kl(orig, new, unembed), chunked_cross_entropy(new, targets, unembed, params)
+    with context():
+        kl = chunked_kl(orig, new, unembed, 2)
+        cross_entropy = chunked_cross_entropy(new, targets, unembed, params, 2)
+    assert not kl.requires_grad
+    assert not cross_entropy.requires_grad
+    torch.testing.assert_close((kl, cross_entropy), tuple(part.detach() for part in expected))
+
+
+def test_no_more_rows_than_the_chunk_size_have_logits_at_a_time():
+    unembed = CountRows(SoftCapped(4, 6, torch.float32))
+    chunked_kl(torch.randn(7, 4), torch.randn(7, 4, requires_grad=True), unembed, 3)
+    assert unembed.n_rows == [3, 3, 3, 3, 1, 1]  # new and orig, three chunks
+
+
+def test_default_chunk_bounds_the_bytes_of_logits(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sparsify.kernels.chunked.CPU_CHUNK_BYTES", 4 * 6 * 2)
+    unembed = CountRows(SoftCapped(4, 6, torch.float32))
+    chunked_cross_entropy(torch.randn(5, 4), torch.arange(5), unembed)
+    assert unembed.n_rows == [0, 2, 2, 1]  # the first asks for the size of the vocabulary
+
+
+def test_low_precision_logits_are_compared_in_float32():
+    unembed = SoftCapped(8, 50, torch.bfloat16)
+    orig, new = (torch.randn(20, 8, dtype=torch.bfloat16) for _ in range(2))
+    new.requires_grad_()
+    kl = chunked_kl(orig, new, unembed, 6)
+    log_orig, log_new = (unembed(resid).detach().float().log_softmax(-1) for resid in (orig, new))
+    expected = (log_orig.exp() * (log_orig - log_new)).sum(-1).mean()
+    torch.testing.assert_close(kl, expected)
+    assert grads_of(kl, new)[0].dtype == torch.bfloat16
+
+
+def test_two_losses_of_one_residual_stream_add_up():
+    unembed = SoftCapped(4, 6, torch.float64)
+    orig, resid = (torch.randn(5, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    targets = torch.arange(5)
+    both = chunked_kl(orig, resid, unembed) + chunked_cross_entropy(resid, targets, unembed)
+    full = full_kl(orig, resid, unembed) + full_cross_entropy(resid, targets, unembed)
+    torch.testing.assert_close(grads_of(both, resid), grads_of(full, resid))
+
+
+def test_empty_input_is_rejected():
+    with pytest.raises(ValueError, match=r"no rows to average over, its shape is \(0, 4\)"):
+        chunked_kl(torch.randn(0, 4), torch.randn(0, 4), nn.Identity())
+
+
+def test_chunk_size_below_one_is_rejected():
+    with pytest.raises(ValueError, match="chunk_size must be at least 1, given 0"):
+        chunked_kl(torch.randn(2, 4), torch.randn(2, 4), nn.Identity(), 0)
