@@ -1,0 +1,150 @@
+"""Settings that every training script shares: how long, how fast, and what is kept of the run."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from sparsify.base_config import BaseConfig
+
+DEFAULT_MIN_LR_FACTOR = 0.1
+
+
+class TrainingConfig(BaseConfig):
+    """Settings of one training run. A script's `Config` inherits them and adds its own.
+
+    Everything is counted in samples, which keeps its meaning when the batch size changes.
+    """
+
+    n_samples: PositiveInt
+    """Samples to train on. What is left after the last full effective batch is not used."""
+    batch_size: PositiveInt
+    """Samples in one forward and backward pass."""
+    effective_batch_size: PositiveInt | None = None
+    """Samples in one optimizer step, a multiple of batch_size. null: batch_size."""
+
+    lr: PositiveFloat
+    """Learning rate at its highest."""
+    lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    """What follows the warmup. cosine: half a cosine down to min_lr_factor. linear: constant,
+    then a straight fall over the last cooldown_samples. constant: no fall."""
+    min_lr_factor: float = Field(default=DEFAULT_MIN_LR_FACTOR, ge=0, le=1)
+    """Lowest learning rate after the warmup, as a fraction of lr."""
+    warmup_samples: NonNegativeInt = 0
+    """Samples over which the learning rate rises linearly from 0 to lr."""
+    cooldown_samples: NonNegativeInt | None = 0
+    """Linear schedule only: samples at the end over which the learning rate falls towards 0, but
+    not below min_lr_factor. null: from the end of the warmup."""
+    max_grad_norm: PositiveFloat | None = None
+    """Gradients of a larger total norm are scaled down to it. null: never."""
+
+    log_every_n_grad_steps: PositiveInt = 20
+    """Optimizer steps between two log lines."""
+    eval_every_n_samples: PositiveInt | None = None
+    """Samples between two evaluations. null: only before and after training."""
+    eval_n_samples: PositiveInt | None = None
+    """Held-out samples in one evaluation. null: all that there are."""
+    save_every_n_samples: PositiveInt | None = None
+    """Samples between two checkpoints. null: only after training."""
+    save_dir: Path | None = Path("out")
+    """Folder in which the run makes its own folder. null: the run writes no files."""
+
+    seed: NonNegativeInt = 0
+    """Seed of every random source that has none of its own."""
+    wandb_project: str | None = None
+    """Weights & Biases project. null: no tracking service."""
+    wandb_run_name: str | None = None
+    """Name of the run, also of its folder. null: made from the settings that matter."""
+    wandb_run_name_prefix: str = ""
+    """Put before the name of the run."""
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples in one optimizer step."""
+        return self.effective_batch_size or self.batch_size
+
+    @property
+    def n_accumulation_steps(self) -> int:
+        """Batches whose gradients are averaged for one optimizer step."""
+        return self.samples_per_step // self.batch_size
+
+    @property
+    def n_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.n_samples // self.samples_per_step
+
+    @property
+    def n_batches(self) -> int:
+        """Batches of the whole run."""
+        return self.n_steps * self.n_accumulation_steps
+
+    def run_name(self, default: str) -> str:
+        """The run's name with its prefix. `default` stands in where the config gives none."""
+        return self.wandb_run_name_prefix + (self.wandb_run_name or default)
+
+    @model_validator(mode="after")
+    def _batches_fill_the_effective_batch(self) -> Self:
+        if self.samples_per_step % self.batch_size:
+            raise ValueError(
+                f"effective_batch_size ({self.effective_batch_size}) must be a multiple of "
+                f"batch_size ({self.batch_size})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _there_is_an_optimizer_step(self) -> Self:
+        if self.n_samples < self.samples_per_step:
+            raise ValueError(
+                f"n_samples ({self.n_samples}) must be at least one effective batch "
+                f"({self.samples_per_step}), or no optimizer step is taken"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _warmup_and_cooldown_fit(self) -> Self:
+        if self.warmup_samples >= self.n_samples:
+            raise ValueError(
+                f"warmup_samples ({self.warmup_samples}) must be below n_samples "
+                f"({self.n_samples}), or the full learning rate is never reached"
+            )
+        if self.warmup_samples + (self.cooldown_samples or 0) > self.n_samples:
+            raise ValueError(
+                f"warmup_samples ({self.warmup_samples}) and cooldown_samples "
+                f"({self.cooldown_samples}) must together be at most n_samples ({self.n_samples})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_uses_what_is_set(self) -> Self:
+        if self.lr_schedule == "linear" and self.cooldown_samples == 0:
+            raise ValueError(
+                "lr_schedule 'linear' falls over the last cooldown_samples (0), so it never falls; "
+                "set cooldown_samples to a number, or to null to fall from the end of the warmup, "
+                "or set lr_schedule to 'constant'"
+            )
+        if self.lr_schedule != "linear" and self.cooldown_samples != 0:
+            raise ValueError(
+                f"cooldown_samples ({self.cooldown_samples}) belongs to lr_schedule 'linear' and "
+                f"is not used by '{self.lr_schedule}'; remove it"
+            )
+        if self.lr_schedule == "constant" and self.min_lr_factor != DEFAULT_MIN_LR_FACTOR:
+            raise ValueError(
+                f"min_lr_factor ({self.min_lr_factor}) is not used by lr_schedule 'constant'; "
+                "remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _saves_have_a_folder(self) -> Self:
+        if self.save_dir is None and self.save_every_n_samples is not None:
+            raise ValueError(
+                f"save_every_n_samples ({self.save_every_n_samples}) needs a save_dir, "
+                "which is null; set a folder or remove save_every_n_samples"
+            )
+        return self

@@ -1,0 +1,102 @@
+"""The folder of one run, and files that are there completely or not at all."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from sparsify.base_config import BaseConfig, UserError, dump_yaml
+
+CONFIG_FILE = "final_config.yaml"
+
+
+def check_save_dir(save_dir: Path) -> None:
+    """See that `save_dir` can be made and written to, and leave nothing behind.
+
+    Raises:
+        UserError: It cannot.
+    """
+    existing = next(
+        folder for folder in (save_dir, *save_dir.absolute().parents) if folder.exists()
+    )
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise _cannot_write(save_dir, error) from None
+
+
+def create_run_folder(save_dir: Path, run_name: str) -> Path:
+    """Make `{save_dir}/{run_name}_{date}_{time}`, a folder that was not there before.
+
+    Raises:
+        UserError: `run_name` is not the name of a folder, or `save_dir` cannot be written.
+    """
+    if Path(run_name).name != run_name or "\\" in run_name or "\0" in run_name:
+        raise UserError(
+            f"wandb_run_name: the run's name {run_name!r} also names its folder, so it must have "
+            "no slash; change wandb_run_name or wandb_run_name_prefix"
+        )
+    check_save_dir(save_dir)
+    base = f"{run_name}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    n_taken = 0
+    while True:
+        # Two runs may start in the same second.
+        folder = save_dir / (f"{base}_{n_taken}" if n_taken else base)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            n_taken += 1
+        except OSError as error:
+            raise _cannot_write(save_dir, error) from None
+        else:
+            return folder
+
+
+def _cannot_write(save_dir: Path, error: OSError) -> UserError:
+    return UserError(
+        f"save_dir: cannot write to '{save_dir}' ({error.strerror}); "
+        "choose a folder that you may write to, or null to keep no files"
+    )
+
+
+@contextmanager
+def replace_atomically(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place once the block ends without an error.
+
+    Whatever happens, `path` holds its old content or the whole of the new one.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        _flush_to_disk(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _flush_to_disk(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with replace_atomically(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_config(run_dir: Path, config: BaseConfig) -> Path:
+    """Write `final_config.yaml`, from which the run can be repeated and its result loaded."""
+    path = run_dir / CONFIG_FILE
+    write_text(path, dump_yaml(config))
+    return path
+
+
+def _flush_to_disk(path: Path) -> None:
+    # Windows cannot open folders, and renames there need no flush of the folder.
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,200 @@
+"""Sinks: where what happens in a run goes. The loop reports to one and does not know which.
+
+To report to another service, write a sink here and open it in `open_sinks`.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from sparsify.base_config import UserError
+from sparsify.training.checkpoints import save_weights, weights_path
+from sparsify.training.config import TrainingConfig
+from sparsify.training.run_folder import CONFIG_FILE
+from sparsify.training.terminal_sink import TerminalSink
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Takes what happens in a run."""
+
+    def log(self, metrics: Mapping[str, float], n_samples: int) -> None:
+        """Take numbers measured after `n_samples` training samples."""
+
+    def console(self, text: str) -> None:
+        """Take a text for whoever watches."""
+
+    def save(self, weights: Mapping[str, Tensor], n_samples: int) -> None:
+        """Take the weights after `n_samples` training samples."""
+
+    def close(self, *, has_failed: bool = False) -> None:
+        """Finish. Nothing is reported afterwards."""
+
+
+class NullSink:
+    """Takes everything and does nothing. Other sinks override what concerns them."""
+
+    def log(self, metrics: Mapping[str, float], n_samples: int) -> None:
+        """Do nothing."""
+
+    def console(self, text: str) -> None:
+        """Do nothing."""
+
+    def save(self, weights: Mapping[str, Tensor], n_samples: int) -> None:
+        """Do nothing."""
+
+    def close(self, *, has_failed: bool = False) -> None:
+        """Do nothing."""
+
+
+class CompositeSink:
+    """Hands everything to several sinks, in their order."""
+
+    def __init__(self, *sinks: Sink) -> None:
+        self.sinks = sinks
+
+    def log(self, metrics: Mapping[str, float], n_samples: int) -> None:
+        """Hand on numbers."""
+        for sink in self.sinks:
+            sink.log(metrics, n_samples)
+
+    def console(self, text: str) -> None:
+        """Hand on a text."""
+        for sink in self.sinks:
+            sink.console(text)
+
+    def save(self, weights: Mapping[str, Tensor], n_samples: int) -> None:
+        """Hand on weights."""
+        for sink in self.sinks:
+            sink.save(weights, n_samples)
+
+    def close(self, *, has_failed: bool = False) -> None:
+        """Close all."""
+        for sink in self.sinks:
+            sink.close(has_failed=has_failed)
+
+
+class RunFolderSink(NullSink):
+    """Writes `metrics.jsonl` and `samples_{n}.safetensors`.
+
+    A line of `metrics.jsonl` is one JSON object: `n_samples` and the metrics. A number that is not
+    finite, which JSON cannot hold, becomes null.
+
+    Args:
+        run_dir: Folder of the run. Lines are appended to a file that is already there.
+        metadata: What the weights belong to, kept in every weights file. None: no metadata.
+    """
+
+    def __init__(self, run_dir: Path, metadata: Mapping[str, str] | None = None) -> None:
+        self.run_dir = run_dir
+        self.metadata = metadata
+        self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
+
+    def log(self, metrics: Mapping[str, float], n_samples: int) -> None:
+        """Append a line, and see that it reaches the file."""
+        values = {name: float(value) for name, value in metrics.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"n_samples": n_samples, **finite}) + "\n")
+        self._file.flush()
+
+    def save(self, weights: Mapping[str, Tensor], n_samples: int) -> None:
+        """Write a checkpoint."""
+        save_weights(self.run_dir, weights, n_samples, self.metadata)
+
+    def close(self, *, has_failed: bool = False) -> None:
+        """Close the file of metrics."""
+        self._file.close()
+
+
+class WandbSink(NullSink):
+    """A run of Weights & Biases, its steps counted in samples.
+
+    The account is read from the environment, to which scripts add what `.env` says:
+    `WANDB_API_KEY`, `WANDB_ENTITY`; `WANDB_MODE=offline` keeps the run on disk.
+
+    Args:
+        config: What the run was started with; `wandb_project` is set.
+        run_name: Name shown for the run.
+        run_dir: Folder whose config and weights are uploaded. None: nothing is uploaded.
+
+    Raises:
+        UserError: The run cannot be started.
+    """
+
+    def __init__(self, config: TrainingConfig, run_name: str, run_dir: Path | None) -> None:
+        # Importing wandb takes a second, which only runs that use it should pay.
+        import wandb
+
+        try:
+            self._run = wandb.init(
+                project=config.wandb_project,
+                entity=os.environ.get("WANDB_ENTITY"),
+                name=run_name,
+                config=config.model_dump(mode="json"),
+                dir=os.environ.get("WANDB_DIR") or run_dir,
+            )
+        except wandb.Error as error:
+            raise UserError(
+                f"wandb_project: no run in '{config.wandb_project}' could be started ({error}); "
+                "set WANDB_API_KEY in .env, or WANDB_MODE=offline, or wandb_project to null"
+            ) from None
+        self.run_dir = run_dir
+        if run_dir is not None:
+            self._run.save(run_dir / CONFIG_FILE, base_path=run_dir, policy="now")
+
+    def log(self, metrics: Mapping[str, float], n_samples: int) -> None:
+        """Send numbers."""
+        self._run.log(dict(metrics), step=n_samples)
+
+    def save(self, weights: Mapping[str, Tensor], n_samples: int) -> None:
+        """Upload the file that the run folder's sink, which comes first, has written."""
+        if self.run_dir is not None:
+            path = weights_path(self.run_dir, n_samples)
+            self._run.save(path, base_path=self.run_dir, policy="now")
+
+    def close(self, *, has_failed: bool = False) -> None:
+        """Send what is left and end the run."""
+        self._run.finish(exit_code=int(has_failed))
+
+
+@contextmanager
+def open_sinks(
+    config: TrainingConfig,
+    *,
+    run_name: str,
+    run_dir: Path | None,
+    n_ctx: int,
+    metadata: Mapping[str, str] | None = None,
+    start: int = 0,
+) -> Iterator[Sink]:
+    """The sinks that a config asks for, as one, closed when the block ends.
+
+    Args:
+        config: Whether there is a wandb project, and how long the run is.
+        run_name: Name of the run, without a time.
+        run_dir: Folder of the run, with its config written. None: no files.
+        n_ctx: Tokens in a sample, for the speed that is shown.
+        metadata: Kept in every weights file. None: no metadata.
+        start: Samples trained on before, in a run that goes on.
+    """
+    sinks: list[Sink] = []
+    has_failed = True
+    try:
+        if run_dir is not None:
+            sinks.append(RunFolderSink(run_dir, metadata))
+        if config.wandb_project is not None:
+            sinks.append(WandbSink(config, run_name, run_dir))
+        sinks.append(TerminalSink(config.n_samples, n_ctx, start))
+        yield CompositeSink(*sinks)
+        has_failed = False
+    finally:
+        for sink in reversed(sinks):
+            sink.close(has_failed=has_failed)

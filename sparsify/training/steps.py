@@ -1,0 +1,89 @@
+"""Optimizer steps: gradients of several batches averaged, clipped and applied."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+class GradientStepper:
+    """Turns the losses of batches into optimizer steps.
+
+    For a loss that is a plain mean over samples, `n_accumulation_steps` batches give the step of
+    one batch with all their samples.
+
+    Args:
+        parameters: What the optimizers move. Their gradients are clipped together.
+        optimizers: Stepped together.
+        schedulers: Stepped after the optimizers.
+        n_accumulation_steps: Batches in one step.
+        max_grad_norm: Gradients of a larger total norm are scaled down to it. None never clips.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        optimizers: Sequence[Optimizer],
+        schedulers: Sequence[LambdaLR],
+        *,
+        n_accumulation_steps: int = 1,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        self.parameters = list(parameters)
+        self.optimizers = optimizers
+        self.schedulers = schedulers
+        self.n_accumulation_steps = n_accumulation_steps
+        self.max_grad_norm = max_grad_norm
+        self.n_steps = 0
+        self._n_batches_in_step = 0
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step of the first optimizer."""
+        return self.optimizers[0].param_groups[0]["lr"]
+
+    def backward(self, loss: Float[Tensor, ""]) -> Float[Tensor, ""] | None:
+        """Add the gradient of one batch's mean loss, and step if the effective batch is full.
+
+        Returns:
+            Norm of the averaged gradient before clipping if a step was taken. None otherwise.
+        """
+        (loss / self.n_accumulation_steps).backward()
+        self._n_batches_in_step += 1
+        if self._n_batches_in_step < self.n_accumulation_steps:
+            return None
+        self._n_batches_in_step = 0
+        self.n_steps += 1
+        grad_norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.max_grad_norm is not None:
+            clip_grads_with_norm_(self.parameters, self.max_grad_norm, grad_norm)
+        for stepped in (*self.optimizers, *self.schedulers):
+            stepped.step()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        return grad_norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next steps depend on besides the parameters, in plain containers."""
+        return {
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
+            "gradients": [parameter.grad for parameter in self.parameters],
+            "n_batches_in_step": self._n_batches_in_step,
+            "n_steps": self.n_steps,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        for optimizer, content in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(content)
+        for scheduler, content in zip(self.schedulers, state["schedulers"], strict=True):
+            scheduler.load_state_dict(content)
+        for parameter, gradient in zip(self.parameters, state["gradients"], strict=True):
+            parameter.grad = None if gradient is None else gradient.to(parameter)
+        self._n_batches_in_step = state["n_batches_in_step"]
+        self.n_steps = state["n_steps"]

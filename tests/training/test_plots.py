@@ -1,0 +1,61 @@
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from sparsify.training.plots import collect_panels, plot_training
+
+METRICS: Sequence[Mapping[str, float | None]] = (
+    {
+        "n_samples": 0,
+        "loss": 9.0,
+        "loss/train/sparsity/blocks.10.hook_resid_pre": 4.0,
+        "loss/train/sparsity/blocks.2.hook_resid_pre": 3.0,
+        "loss/train/out_to_in/explained_variance/blocks.2.hook_resid_pre": 0.5,
+        "loss/train/my_term/blocks.2.hook_resid_pre": 0.7,
+        "sparsity/train/L_0/blocks.2.hook_resid_pre": 90.0,
+        "lr": 1e-3,
+    },
+    {"n_samples": 0, "performance/eval/ce_loss_increase": 5.0, "loss/eval/logits_kl": None},
+    {"n_samples": 8, "performance/eval/ce_loss_increase": 0.3, "loss/eval/logits_kl": 0.2},
+    {"n_samples": 8, "performance/eval/ce_loss_increase": 0.4},
+)
+
+
+def _write(run_dir: Path, metrics: Sequence[Mapping[str, float | None]]) -> Path:
+    path = run_dir / "metrics.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in metrics))
+    return path
+
+
+def test_metrics_are_sorted_into_panels(tmp_path: Path):
+    panels = collect_panels(_write(tmp_path, METRICS))
+    assert list(panels) == ["loss", "sparsity", "logits_kl", "L_0", "ce_loss_increase", "my_term"]
+    assert panels["sparsity"] == {
+        ("train", "blocks.2.hook_resid_pre"): {0: 3.0},
+        ("train", "blocks.10.hook_resid_pre"): {0: 4.0},
+    }
+    assert next(iter(panels["sparsity"])) == ("train", "blocks.2.hook_resid_pre")
+    assert panels["logits_kl"] == {("eval", ""): {8: 0.2}}
+    assert panels["ce_loss_increase"] == {("eval", ""): {0: 5.0, 8: 0.4}}
+
+
+def test_picture_is_drawn(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    _write(tmp_path, METRICS)
+    path = plot_training(tmp_path)
+    assert path == tmp_path / "training.png"
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_there_is_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    _write(tmp_path, METRICS)
+    monkeypatch.setattr("sparsify.training.plots.find_spec", lambda _: None)
+    assert plot_training(tmp_path) is None
+    assert not (tmp_path / "training.png").exists()
+
+
+def test_run_without_metrics_has_no_picture(tmp_path: Path):
+    _write(tmp_path, [])
+    assert plot_training(tmp_path) is None

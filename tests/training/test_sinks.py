@@ -1,0 +1,152 @@
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sparsify.base_config import UserError
+from sparsify.training.config import TrainingConfig
+from sparsify.training.run_folder import write_config
+from sparsify.training.sinks import CompositeSink, NullSink, RunFolderSink, WandbSink, open_sinks
+from sparsify.training.terminal_sink import TerminalSink, watched_metrics
+
+CONFIG = TrainingConfig(n_samples=1000, batch_size=10, lr=1e-3, wandb_project="sparsify-test")
+
+
+class _RecordingSink(NullSink):
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def log(self, metrics: Any, n_samples: int) -> None:
+        self.calls.append(("log", dict(metrics), n_samples))
+
+    def save(self, weights: Any, n_samples: int) -> None:
+        self.calls.append(("save", n_samples))
+
+    def close(self, *, has_failed: bool = False) -> None:
+        self.calls.append(("close", has_failed))
+
+
+def test_metrics_file_has_one_object_per_line_at_once(tmp_path: Path):
+    sink = RunFolderSink(tmp_path)
+    sink.log({"loss": 0.5, "worst": math.inf, "missing": math.nan}, 8)
+    sink.log({"loss": 0.25}, 16)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"n_samples": 8, "loss": 0.5, "worst": None, "missing": None},
+        {"n_samples": 16, "loss": 0.25},
+    ]
+    sink.close()
+
+
+def test_metrics_of_a_resumed_run_are_appended(tmp_path: Path):
+    for n_samples in (8, 16):
+        sink = RunFolderSink(tmp_path)
+        sink.log({"loss": 1.0}, n_samples)
+        sink.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_composite_hands_on_everything():
+    sinks = [_RecordingSink(), _RecordingSink()]
+    sink = CompositeSink(*sinks)
+    sink.log({"loss": 1.0}, 8)
+    sink.save({}, 8)
+    sink.close()
+    for recording in sinks:
+        assert recording.calls == [("log", {"loss": 1.0}, 8), ("save", 8), ("close", False)]
+
+
+def test_watched_metrics_are_means_over_positions():
+    metrics = {
+        "loss": 2.0,
+        "loss/train/logits_kl": 0.5,
+        "loss/train/sparsity/blocks.0.hook_resid_pre": 9.0,
+        "sparsity/train/L_0/blocks.0.hook_resid_pre": 10.0,
+        "sparsity/train/L_0/blocks.1.hook_resid_pre": 20.0,
+    }
+    assert watched_metrics(metrics) == {"loss": 2.0, "L0": 15.0, "KL": 0.5}
+
+
+def test_terminal_shows_speed_and_watched_numbers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    sink = TerminalSink(n_samples=100, n_ctx=8)
+    now = 2.0
+    sink.log({"loss": 0.5}, 10)  # 10 samples of 8 tokens in 2 seconds
+    now = 4.0
+    sink.log({"loss": 0.4}, 20)  # less than ten seconds after the last line
+    now = 50.0
+    sink.log({"performance/eval/ce_loss_increase": 0.125}, 20)
+    now = 51.0
+    sink.log({"loss": 0.3}, 30)  # the evaluation does not count as training time
+    sink.close()
+    assert capsys.readouterr().err.splitlines() == [
+        "10/100 samples: loss 0.5, 40 tokens/s",
+        "evaluation at 20 samples: CE increase 0.125",
+        "30/100 samples: loss 0.3, 80 tokens/s",
+    ]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_sinks_are_closed_whatever_happens(fails: bool, monkeypatch: pytest.MonkeyPatch):
+    recording = _RecordingSink()
+    monkeypatch.setattr("sparsify.training.sinks.WandbSink", lambda *_: recording)
+    try:
+        with open_sinks(CONFIG, run_name="run", run_dir=None, n_ctx=8) as sink:
+            sink.log({"loss": 1.0}, 1000)
+            if fails:
+                raise RuntimeError("a bug")
+    except RuntimeError:
+        assert fails
+    assert recording.calls == [("log", {"loss": 1.0}, 1000), ("close", fails)]
+
+
+def test_wandb_gets_metrics_by_samples_and_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    calls: list[Any] = []
+    run = SimpleNamespace(
+        log=lambda metrics, step: calls.append((metrics, step)),
+        save=lambda path, base_path, policy: calls.append(path.name),
+        finish=lambda exit_code: calls.append(exit_code),
+    )
+
+    def init(**arguments: Any) -> SimpleNamespace:
+        calls.append((arguments["project"], arguments["entity"], arguments["name"]))
+        return run
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=RuntimeError))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_API_KEY", "of the environment")
+    monkeypatch.delenv("WANDB_ENTITY", raising=False)
+    (tmp_path / ".env").write_text("WANDB_ENTITY=team\n")
+    write_config(tmp_path, CONFIG)
+    with open_sinks(CONFIG, run_name="run", run_dir=tmp_path, n_ctx=8) as sink:
+        sink.log({"loss": 1.0}, 40)
+        sink.save({"w": torch.ones(1)}, 40)
+    monkeypatch.delenv("WANDB_ENTITY")
+    assert calls == [
+        ("sparsify-test", "team", "run"),
+        "final_config.yaml",
+        ({"loss": 1.0}, 40),
+        "samples_40.safetensors",
+        0,
+    ]
+
+
+def test_wandb_that_cannot_start_is_one_message(monkeypatch: pytest.MonkeyPatch):
+    def init(**_: Any) -> None:
+        raise RuntimeError("api_key not configured")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=RuntimeError))
+    with pytest.raises(
+        UserError, match=r"wandb_project: .*api_key not configured.*WANDB_MODE=offline"
+    ):
+        WandbSink(CONFIG, "run", None)

@@ -1,0 +1,80 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam
+from torch.optim.lr_scheduler import LambdaLR
+
+from sparsify.training.checkpoints import load_training_state, save_training_state
+from sparsify.training.steps import GradientStepper
+
+
+def _stepper(
+    parameter: nn.Parameter, n_accumulation_steps: int = 1, max_grad_norm: float | None = None
+) -> GradientStepper:
+    optimizer = SGD([parameter], lr=1.0)
+    return GradientStepper(
+        [parameter],
+        [optimizer],
+        [LambdaLR(optimizer, lambda step: 0.5**step)],
+        n_accumulation_steps=n_accumulation_steps,
+        max_grad_norm=max_grad_norm,
+    )
+
+
+def test_clipped_step_matches_hand_computation():
+    parameter = nn.Parameter(torch.zeros(2))
+    stepper = _stepper(parameter, max_grad_norm=1.0)
+    norm = stepper.backward(parameter @ torch.tensor([3.0, 4.0]))  # gradient (3, 4), norm 5
+    assert norm is not None
+    assert norm.item() == pytest.approx(5.0)
+    torch.testing.assert_close(parameter.detach(), torch.tensor([-0.6, -0.8]))
+    assert (stepper.n_steps, stepper.lr) == (1, 0.5)
+
+
+def test_small_gradient_is_not_clipped():
+    parameter = nn.Parameter(torch.zeros(2))
+    stepper = _stepper(parameter, max_grad_norm=10.0)
+    stepper.backward(parameter @ torch.tensor([3.0, 4.0]))
+    torch.testing.assert_close(parameter.detach(), torch.tensor([-3.0, -4.0]))
+
+
+def test_accumulated_batches_equal_one_large_batch():
+    inputs = torch.randn(8, 3)
+    whole, parts = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    norm = _stepper(whole, max_grad_norm=0.5).backward((inputs @ whole).square().mean())
+    stepper = _stepper(parts, n_accumulation_steps=4, max_grad_norm=0.5)
+    norms = [stepper.backward((batch @ parts).square().mean()) for batch in inputs.split(2)]
+    assert norms[:3] == [None] * 3
+    torch.testing.assert_close(norms[3], norm)
+    torch.testing.assert_close(parts, whole)
+    assert stepper.n_steps == 1
+
+
+def test_run_resumed_in_the_middle_of_a_step_goes_on_alike(tmp_path: Path):
+    def start() -> tuple[nn.Parameter, GradientStepper]:
+        parameter = nn.Parameter(torch.ones(3))
+        optimizer = Adam([parameter], lr=0.1)
+        scheduler = LambdaLR(optimizer, lambda step: 0.9**step)
+        return parameter, GradientStepper(
+            [parameter], [optimizer], [scheduler], n_accumulation_steps=2
+        )
+
+    def run(parameter: nn.Parameter, stepper: GradientStepper, inputs: Tensor) -> None:
+        for row in inputs:
+            stepper.backward((row @ parameter).square())
+
+    inputs = torch.randn(10, 3)
+    whole, stepper = start()
+    run(whole, stepper, inputs[:5])
+    save_training_state(tmp_path, 5, {"stepper": stepper.state_dict(), "weights": whole.detach()})
+    run(whole, stepper, inputs[5:])
+
+    resumed, stepper = start()
+    _, state = load_training_state(tmp_path)
+    resumed.data.copy_(state["weights"])
+    stepper.load_state_dict(state["stepper"])
+    run(resumed, stepper, inputs[5:])
+    assert torch.equal(resumed, whole)
+    assert stepper.n_steps == 5
