@@ -190,7 +190,8 @@ def _add_field_options(
     class Settings(BaseSettings):
         model_config = SettingsConfigDict(extra="forbid", cli_parse_none_str="null")
 
-    settings_class = create_model("Settings", __base__=(config_class, Settings))
+    # Of two bases, create_model declares the first, and pydantic-settings wants the second.
+    settings_class: Any = create_model("Settings", __base__=(config_class, Settings))
     source = CliSettingsSource(
         settings_class,
         root_parser=parser,

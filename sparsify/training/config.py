@@ -48,8 +48,8 @@ class TrainingConfig(BaseConfig):
     """Optimizer steps between two log lines."""
     eval_every_n_samples: PositiveInt | None = None
     """Samples between two evaluations. null: only before and after training."""
-    eval_n_samples: PositiveInt | None = None
-    """Held-out samples in one evaluation. null: all that there are."""
+    eval_n_samples: PositiveInt = 500
+    """Held-out samples in one evaluation, or as many as there are."""
     save_every_n_samples: PositiveInt | None = None
     """Samples between two checkpoints. null: only after training."""
     save_dir: Path | None = Path("out")

@@ -1,0 +1,93 @@
+"""What one training step has to compute, derived from the SAE positions and the loss terms.
+
+    tokens ─ shared prefix ─┬─ raw suffix ────── raw activations, raw final residual
+                            └─ spliced suffix ── SAE activations, spliced final residual
+
+Before the first SAE the two runs agree, so that part is run once. Each suffix stops at the last
+block that a term needs. A mix of terms that only look at what the SAEs themselves read and write
+(a *local* mix) needs no spliced run at all: each SAE is applied to the raw activation.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sparsify.base_config import UserError
+from sparsify.hooked_model import HookedModel
+from sparsify.losses import LossConfig
+
+SETTING = "loss.in_to_orig.hook_positions"
+
+
+@dataclass(frozen=True)
+class ForwardPlan:
+    """Which blocks run, and which hook points are kept. Block numbers are stops: exclusive."""
+
+    sae_positions: tuple[str, ...]
+    is_local: bool
+    """Whether the SAEs are applied to raw activations, without a spliced run."""
+    needs_logits: bool
+    """Whether both runs go to the end and keep their final residual stream."""
+    start: int
+    """First block that the two runs do not share."""
+    raw_positions: tuple[str, ...]
+    """Hook points to keep of the raw run."""
+    raw_stop: int
+    spliced_positions: tuple[str, ...]
+    """Hook points to keep of the spliced run, besides what the SAEs read and write."""
+    spliced_stop: int
+
+
+def derive_plan(
+    model: HookedModel, sae_positions: Iterable[str], losses: LossConfig
+) -> ForwardPlan:
+    """The least work that gives every loss term what it needs.
+
+    Raises:
+        UserError: A term reads a hook point that does not exist, or one at which the two runs
+            agree because it lies before the first SAE.
+    """
+    positions = tuple(sae_positions)
+    terms = losses.terms().values()
+    is_local = not any(term.needs_spliced_run for term in terms)
+    needs_logits = any(term.needs_logits for term in terms)
+    raw = _union(term.raw_positions(positions) for term in terms)
+    spliced = _union(term.spliced_positions(positions) for term in terms)
+    start = min(model.first_block(position) for position in positions)
+    if losses.in_to_orig is not None:
+        _check_lie_behind(model, losses.in_to_orig.hook_positions, positions)
+    if is_local:
+        raw = _union([raw, positions])
+    return ForwardPlan(
+        sae_positions=positions,
+        is_local=is_local,
+        needs_logits=needs_logits,
+        start=start,
+        raw_positions=raw,
+        raw_stop=_stop(model, raw, needs_logits),
+        spliced_positions=spliced,
+        spliced_stop=_stop(model, (*positions, *spliced), needs_logits),
+    )
+
+
+def _stop(model: HookedModel, positions: Iterable[str], needs_logits: bool) -> int:
+    if needs_logits:
+        return model.n_blocks
+    return max((model.stop_block(position) for position in positions), default=0)
+
+
+def _check_lie_behind(
+    model: HookedModel, hook_positions: list[str], sae_positions: tuple[str, ...]
+) -> None:
+    model.check_hook_names(hook_positions, SETTING)
+    in_order = list(model.probe([*sae_positions, *hook_positions], SETTING))
+    n_shared = min(in_order.index(position) for position in sae_positions)
+    for position in hook_positions:
+        if in_order.index(position) <= n_shared:
+            raise UserError(
+                f"{SETTING}: '{position}' does not lie behind the first SAE, at "
+                f"'{in_order[n_shared]}', so both runs agree there; name hook points behind it"
+            )
+
+
+def _union(groups: Iterable[Iterable[str]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for group in groups for name in group))

@@ -1,0 +1,266 @@
+"""Drives a TransformerLens model from one block to another, with hooks.
+
+With `model_loading.py` and `native_model.py`, all that knows TransformerLens versions. 3.9 has
+`HookedTransformer` and `TransformerBridge`, 4.x has the bridge alone. What differs is evened out
+here:
+
+- Starting at a block: the bridge of 3.9 cannot, and that of 4.3 computes the blocks before the
+  start too and throws the result away. So runs of a bridge always begin with tokens.
+- Stopping before a block: the bridge calls the hooks at the start of that block. Where that is
+  after the last block, it returns logits instead of the residual stream.
+- Hook names: in the bridge `blocks.3.hook_resid_pre` is an alias, and its hook fires under another
+  name. So hooks here are closures that know the name that was asked for.
+
+The residual stream *between* two blocks has two hook points, `hook_resid_post` of the one and
+`hook_resid_pre` of the other. When a run starts or ends there, the block that owns the hook point
+is not run, and the hook is called by `run` itself.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sparsify.base_config import UserError, nearest
+
+Hook = Callable[[Tensor], Tensor | None]
+"""Takes the activation at a hook point. What it returns, if anything, replaces the activation."""
+
+TLensModel = Any
+"""A `HookedTransformer` or `TransformerBridge`, neither of which declares all its parts."""
+
+TLENS_HAS_HOOKED_TRANSFORMER = int(version("transformer-lens").split(".")[0]) < 4
+
+# The bridge's own names for the ends of a block are `hook_in` and `hook_out`.
+_BLOCK_START = ("hook_resid_pre", "hook_in")
+_BLOCK_END = ("hook_resid_post", "hook_out")
+
+
+class HookedModel:
+    """A frozen `HookedTransformer` or `TransformerBridge` that can be run in parts."""
+
+    def __init__(self, model: TLensModel) -> None:
+        self.model = model
+        self.is_bridge = not _is_hooked_transformer(model)
+        self.can_start_at_block = not self.is_bridge
+        self.n_blocks: int = model.cfg.n_layers
+
+    @property
+    def hook_names(self) -> list[str]:
+        """All hook points, with their aliases."""
+        return list(self.model.hook_dict)
+
+    def check_hook_names(self, names: Iterable[str], setting: str) -> None:
+        """Raise a `UserError` that names `setting` if one of the names is not a hook point."""
+        for name in names:
+            if name not in self.model.hook_dict:
+                raise UserError(
+                    f"{setting}: the model has no hook point {nearest(name, self.hook_names)}"
+                )
+
+    def matching_hook_names(self, patterns: Iterable[str], setting: str) -> list[str]:
+        """The hook points that each pattern means: a full name, or a run of dotted parts.
+
+        `hook_resid_pre` is that hook of every block, `blocks.1` never means block 10.
+
+        Raises:
+            UserError: A pattern matches nothing, or a hook point that another has matched.
+        """
+        found: dict[str, str] = {}
+        for pattern in patterns:
+            is_full = pattern in self.model.hook_dict
+            names = (
+                [pattern] if is_full else [n for n in self.hook_names if f".{pattern}." in f".{n}."]
+            )
+            if not names:
+                # The nearest name, or the nearest last part, whichever the pattern looks like.
+                known = {*self.hook_names, *(n.split(".", 2)[-1] for n in self.hook_names)}
+                raise UserError(f"{setting}: the model has no hook point {nearest(pattern, known)}")
+            for name in names:
+                if name in found:
+                    raise UserError(
+                        f"{setting}: '{pattern}' repeats '{name}', which '{found[name]}' already "
+                        "means; one SAE fits there, so remove one of them"
+                    )
+                found[name] = pattern
+        return list(found)
+
+    def first_block(self, name: str) -> int:
+        """Number of blocks that have run when the activation at hook point `name` is made."""
+        if (match := re.match(r"blocks\.(\d+)\.(.+)", name)) is None:
+            return 0  # the embedding: what lies behind the blocks is refused by `probe`
+        return int(match[1]) + (match[2] in _BLOCK_END)
+
+    def stop_block(self, name: str) -> int:
+        """Number of blocks to run for the activation at hook point `name` to be there."""
+        match = re.match(r"blocks\.(\d+)\.(.+)", name)
+        is_inside = match is not None and match[2] not in (*_BLOCK_START, *_BLOCK_END)
+        return self.first_block(name) + is_inside
+
+    def run(
+        self,
+        x: Int[Tensor, "batch pos"] | Float[Tensor, "batch pos d_model"],
+        hooks: Mapping[str, Hook],
+        start: int,
+        stop: int,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Run blocks `start` to `stop - 1` and return the residual stream after them.
+
+        Args:
+            x: Tokens if `start` is 0, else the residual stream that enters block `start`.
+            hooks: By hook point. Those at the residual stream where the run starts and ends are
+                called too; no hook must lie before the start.
+            start: First block to run. Must be 0 unless `can_start_at_block`.
+            stop: Block before which to stop; the number of blocks runs all of them.
+        """
+        if self.is_bridge:
+            return self._run_bridge(x, hooks, stop)
+        if start > 0:
+            x = self._call_between(x, hooks, start - 1, _BLOCK_END)
+        if stop > start or start == 0:
+            with self.hooked(hooks):
+                x = self.model(x, start_at_layer=start if start > 0 else None, stop_at_layer=stop)
+        if stop < self.n_blocks:
+            x = self._call_between(x, hooks, stop, _BLOCK_START)
+        return x
+
+    def run_with_logits(
+        self, tokens: Int[Tensor, "batch pos"], hooks: Mapping[str, Hook]
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """The whole model, as its own `forward` runs it."""
+        with self.hooked(hooks):
+            return self.model(tokens)
+
+    def generate(
+        self,
+        input: str | Int[Tensor, "batch pos"],
+        hooks: Mapping[str, Hook],
+        **kwargs: Any,  # what the model's `generate` takes
+    ) -> str | Int[Tensor, "batch new_pos"]:
+        """The model's own `generate`, without its progress bar."""
+        kwargs = {"verbose": False, **kwargs}
+        if self.is_bridge:
+            with self.hooked(hooks):
+                return self.model.generate(input, **kwargs)
+        # HookedTransformer.generate calls its embedding without the hook point behind it. And with
+        # a cache it adds to the n-th token the position embedding of the (2n - 1)-th.
+        if self.model.cfg.positional_embedding_type == "standard":
+            kwargs.setdefault("use_past_kv_cache", False)
+        splice = hooks.get("hook_embed")
+        with self.hooked(hooks), ExitStack() as stack:
+            if splice is not None:
+                handle = self.model.embed.register_forward_hook(lambda *call: splice(call[-1]))
+                stack.callback(handle.remove)
+            return self.model.generate(input, **kwargs)
+
+    def unembed(self, resid: Float[Tensor, "*sample d_model"]) -> Float[Tensor, "*sample d_vocab"]:
+        """Logits of final residual streams: final norm, unembedding, and soft cap, if any."""
+        # TransformerLens's modules want a batch and a position dimension.
+        flat = resid.reshape(1, -1, resid.shape[-1])
+        logits = self.model.unembed(self.model.ln_final(flat))
+        soft_cap = getattr(self.model.cfg, "output_logits_soft_cap", 0.0) or 0.0
+        if soft_cap > 0:
+            logits = soft_cap * torch.tanh(logits / soft_cap)
+        return logits.reshape(*resid.shape[:-1], logits.shape[-1])
+
+    def probe(self, names: Iterable[str], setting: str) -> dict[str, tuple[int, ...]]:
+        """Shape of one position's activation at each hook point, in the order in which they fire.
+
+        Raises:
+            UserError: A hook point does not fire, or its activation is not one vector, or one
+                vector per head, for each position.
+        """
+        n_heads = self.model.cfg.n_heads
+        # Attention patterns have a head dimension where others have the position.
+        n_pos = 2 if n_heads != 2 else 3
+        tokens = torch.zeros(
+            1, n_pos, dtype=torch.long, device=next(self.model.parameters()).device
+        )
+        shapes: dict[str, tuple[int, ...]] = {}
+
+        def note_shape(name: str) -> Hook:
+            return lambda act: shapes.update({name: tuple(act.shape)})
+
+        hooks = {name: note_shape(name) for name in names}
+        try:
+            with torch.no_grad():
+                self.run_with_logits(tokens, hooks)
+        except ValueError as error:
+            # TransformerLens refuses hook points that a switch of the model turns off.
+            raise UserError(f"{setting}: {error}") from None
+        for name in hooks:
+            shape = shapes.get(name)
+            if name.startswith(("ln_final", "unembed", "hook_unembed")):
+                raise UserError(
+                    f"{setting}: '{name}' lies behind the last block, where no SAE is spliced in; "
+                    f"the last hook point is 'blocks.{self.n_blocks - 1}.hook_resid_post'"
+                )
+            if shape is None:
+                raise UserError(
+                    f"{setting}: hook point '{name}' exists but never fires in this model"
+                )
+            if shape[1] != n_pos or len(shape) not in (3, 4):
+                raise UserError(
+                    f"{setting}: '{name}' has shape {shape} for {n_pos} tokens; an SAE needs one "
+                    "vector per token, as at hook_resid_pre, hook_mlp_out, mlp.hook_post or hook_z"
+                )
+        return {name: shape[2:] for name, shape in shapes.items()}
+
+    def hooked(self, hooks: Mapping[str, Hook]):  # noqa: ANN201 (TransformerLens's context manager)
+        """A context in which the model has `hooks`; they are gone after it, whatever happens."""
+        return self.model.hooks(
+            fwd_hooks=[(name, _as_tlens_hook(hook)) for name, hook in hooks.items()]
+        )
+
+    def _run_bridge(self, tokens: Tensor, hooks: Mapping[str, Hook], stop: int) -> Tensor:
+        if stop < self.n_blocks:
+            with self.hooked(hooks):
+                return self.model(tokens, stop_at_layer=stop)
+
+        def leave(resid: Tensor) -> None:
+            raise _ReachedFinalNorm(resid)
+
+        try:
+            with self.hooked({**hooks, "ln_final.hook_in": leave}):
+                self.model(tokens)
+        except _ReachedFinalNorm as reached:
+            return reached.resid
+        raise AssertionError("the bridge ran without reaching its final norm")
+
+    def _call_between(
+        self, resid: Tensor, hooks: Mapping[str, Hook], block: int, names: tuple[str, ...]
+    ) -> Tensor:
+        for name in names:
+            if (hook := hooks.get(f"blocks.{block}.{name}")) is not None:
+                replaced = hook(resid)
+                resid = resid if replaced is None else replaced
+        return resid
+
+
+class _ReachedFinalNorm(Exception):  # noqa: N818 (no error, but a way out)
+    """Carries the final residual stream out of a bridge before it makes logits."""
+
+    def __init__(self, resid: Tensor) -> None:
+        super().__init__()
+        self.resid = resid
+
+
+def _as_tlens_hook(hook: Hook) -> Callable[..., Tensor | None]:
+    def tlens_hook(act: Tensor, hook: object) -> Tensor | None:
+        return wrapped(act)
+
+    wrapped = hook
+    return tlens_hook
+
+
+def _is_hooked_transformer(model: nn.Module) -> bool:
+    if not TLENS_HAS_HOOKED_TRANSFORMER:
+        return False
+    from transformer_lens import HookedTransformer
+
+    return isinstance(model, HookedTransformer)

@@ -1,0 +1,125 @@
+"""Loads hooked models: the bundled one, a folder that `train_tlens` made, or a name of the field.
+
+Together with `hooked_model.py` and `native_model.py` all that knows TransformerLens versions.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from sparsify.architecture import Architecture
+from sparsify.base_config import UserError
+from sparsify.hooked_model import TLENS_HAS_HOOKED_TRANSFORMER, TLensModel
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge.sources.native.model import NativeModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+BUNDLED_MODELS = {"tiny-python": Path(__file__).parent / "assets" / "tiny_python"}
+
+Processing = Literal["folded", "raw"]
+
+
+def load_hooked_model(
+    name: str | None, path: Path | None, processing: Processing, device: str = "cpu"
+) -> TLensModel:
+    """A `HookedTransformer` where the installed TransformerLens has it, else a `TransformerBridge`.
+
+    Args:
+        name: `tiny-python`, or a model that TransformerLens knows. None: `path` is given.
+        path: Folder that `train_tlens` made. None: `name` is given.
+        processing: `folded`: layer norms are folded into the weights and the weights centred, as
+            `HookedTransformer.from_pretrained` does by default. `raw`: the weights as they are. The
+            two compute the same logits from different activations.
+        device: Where to put the model.
+
+    Raises:
+        UserError: There is no such model or folder.
+    """
+    folder = path or BUNDLED_MODELS.get(name or "")
+    model = _load_folder(folder, processing) if folder else _load_by_name(str(name), processing)
+    # Models are loaded on the CPU, and TransformerLens prints a line whenever one is moved.
+    return model if device == "cpu" else model.to(device)
+
+
+def _load_folder(folder: Path, processing: Processing) -> TLensModel:
+    from sparsify.data.tokenizers import load_tokenizer
+    from sparsify.native_model import load_native_model
+
+    architecture, native = load_native_model(folder)
+    tokenizer = load_tokenizer(str(folder))
+    if TLENS_HAS_HOOKED_TRANSFORMER:
+        return _build_hooked_transformer(architecture, native, tokenizer, processing)
+    return build_bridge(architecture, native, tokenizer, processing)
+
+
+def _build_hooked_transformer(
+    architecture: Architecture,
+    native: "NativeModel",
+    tokenizer: "Tokenizer | None",
+    processing: Processing,
+) -> TLensModel:
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    from sparsify.native_model import hooked_transformer_weights, tlens_settings
+
+    cfg = HookedTransformerConfig(**tlens_settings(architecture), device="cpu")
+    model = HookedTransformer(cfg, tokenizer=tokenizer)
+    is_folded = processing == "folded"
+    model.load_and_process_state_dict(
+        # Masks and rotary tables are no weights: they are those of the new model.
+        {
+            **model.state_dict(),
+            "unembed.b_U": torch.zeros(architecture.d_vocab),
+            **hooked_transformer_weights(native),
+        },
+        fold_ln=is_folded,
+        # Only a layer norm ignores the mean that centring removes.
+        center_writing_weights=is_folded and architecture.normalization_type == "LN",
+        center_unembed=is_folded,
+        fold_value_biases=is_folded,
+    )
+    return model
+
+
+def build_bridge(
+    architecture: Architecture,
+    native: "NativeModel",
+    tokenizer: "Tokenizer | None",
+    processing: Processing,
+) -> TLensModel:
+    """A `TransformerBridge` around TransformerLens's native model."""
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+
+    from sparsify.native_model import NATIVE, bridge_config
+
+    model = build_bridge_from_module(
+        native, NATIVE, tl_config=bridge_config(architecture), tokenizer=tokenizer
+    )
+    if processing == "folded":
+        model.enable_compatibility_mode(disable_warnings=True)
+    return model
+
+
+def _load_by_name(name: str, processing: Processing) -> TLensModel:
+    try:
+        if TLENS_HAS_HOOKED_TRANSFORMER:
+            from transformer_lens import HookedTransformer
+
+            if processing == "folded":
+                return HookedTransformer.from_pretrained(name, device="cpu")
+            return HookedTransformer.from_pretrained_no_processing(name, device="cpu")
+        from transformer_lens.model_bridge import TransformerBridge
+
+        model = TransformerBridge.boot_transformers(name, device="cpu")
+        model.enable_compatibility_mode(disable_warnings=True, no_processing=processing == "raw")
+        return model
+    # TransformerLens and the hub client raise whatever went wrong below them; all of it means that
+    # the model named by the person cannot be had.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(
+            f"tlens_model_name: '{name}' cannot be loaded ({reason}); name one of "
+            f"{', '.join(BUNDLED_MODELS)}, which need no network, or one that TransformerLens knows"
+        ) from error

@@ -1,0 +1,171 @@
+"""A small language model to train: TransformerLens's own architecture, without hooks.
+
+Training needs speed and two-dimensional weights, looking inside needs hooks. So a model is trained
+as TransformerLens's `NativeModel`, with fused attention, and `model_loading.py` makes a hooked
+model of its weights, in whichever form the installed TransformerLens has.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformer_lens.config import TransformerBridgeConfig
+from transformer_lens.model_bridge.sources.native.init import initialize_native_model
+from transformer_lens.model_bridge.sources.native.model import NativeAttention, NativeModel
+
+from sparsify.architecture import Architecture
+from sparsify.base_config import UserError, validate_config
+
+NATIVE = "TransformerLensNative"
+MODEL_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+
+
+class FusedNativeAttention(NativeAttention):
+    """Causal attention that never holds the attention pattern."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  (no mask, no pattern)
+        self, hidden_states: Float[Tensor, "batch pos d_model"], **_: object
+    ) -> tuple[Float[Tensor, "batch pos d_model"], None]:
+        """Attention output, and no pattern."""
+        q, k, v = (
+            rearrange(project(hidden_states), "b p (h d) -> b h p d", h=self.n_heads)
+            for project in (self.q, self.k, self.v)
+        )
+        if self.rotary is not None:
+            q, k = self.rotary.apply_rope(q, k)
+        z = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o(rearrange(z, "b h p d -> b p (h d)")), None
+
+
+class TrainableModel(nn.Module):
+    """A randomly initialised language model, ready for gradient steps."""
+
+    def __init__(self, architecture: Architecture, seed: int) -> None:
+        super().__init__()
+        self.architecture = architecture
+        cfg = bridge_config(architecture)
+        self.native = NativeModel(cfg)
+        initialize_native_model(self.native, cfg, seed=seed)
+        for layer in self.native.layers:
+            fused = FusedNativeAttention(cfg, rotary=self.native.rotary)
+            fused.load_state_dict(layer.attn.state_dict())
+            layer.attn = fused
+
+    def final_residual(
+        self, tokens: Int[Tensor, "batch pos"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream after the last block, before the final norm."""
+        resid = self.native.tok_embed(tokens)
+        if self.native.pos is not None:
+            resid = resid + self.native.pos.weight[: tokens.shape[1]]
+        for layer in self.native.layers:
+            (resid,) = layer(resid)
+        return resid
+
+    def unembed(self, resid: Float[Tensor, "*sample d_model"]) -> Float[Tensor, "*sample d_vocab"]:
+        """Logits of final residual streams."""
+        return self.native.head(self.native.ln_out(resid))
+
+    def unembed_parameters(self) -> list[nn.Parameter]:
+        """What `unembed` reads besides its argument."""
+        return [*self.native.ln_out.parameters(), *self.native.head.parameters()]
+
+    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits."""
+        return self.unembed(self.final_residual(tokens))
+
+
+def tlens_settings(architecture: Architecture) -> dict[str, Any]:  # of many types
+    """The architecture in terms that all configs of TransformerLens share."""
+    return {
+        **architecture.model_dump(),
+        "d_head": architecture.d_head,
+        "rotary_dim": architecture.d_head,
+        # The native model rotates neighbouring pairs of dimensions.
+        "rotary_adjacent_pairs": True,
+    }
+
+
+def bridge_config(architecture: Architecture) -> TransformerBridgeConfig:
+    """The architecture as the native model and the bridge want it."""
+    return TransformerBridgeConfig(**tlens_settings(architecture), architecture=NATIVE)
+
+
+def save_language_model(folder: Path, model: TrainableModel, dtype: torch.dtype) -> None:
+    """Write `model.safetensors` and `config.json` into a folder that exists."""
+    weights = {name: tensor.to(dtype) for name, tensor in model.native.state_dict().items()}
+    save_file(weights, folder / MODEL_FILE)
+    text = model.architecture.model_dump_json(indent=1)
+    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def load_native_model(folder: Path) -> tuple[Architecture, NativeModel]:
+    """The model that `save_language_model` wrote, in float32.
+
+    Raises:
+        UserError: The folder does not hold such a model, or its files are damaged.
+    """
+    for file in (CONFIG_FILE, MODEL_FILE):
+        if not (folder / file).is_file():
+            raise UserError(
+                f"tlens_model_path: '{folder}' has no {file}; give the model/ folder of a "
+                "train_tlens run"
+            )
+    try:
+        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        weights = load_file(folder / MODEL_FILE)
+    except (ValueError, SafetensorError) as error:
+        raise UserError(
+            f"tlens_model_path: '{folder}' is damaged ({error}); copy it anew"
+        ) from None
+    architecture = validate_config(Architecture, content, str(folder / CONFIG_FILE))
+    native = NativeModel(bridge_config(architecture))
+    try:
+        native.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    except RuntimeError as error:
+        raise UserError(
+            f"tlens_model_path: weights and {CONFIG_FILE} of '{folder}' do not belong together; "
+            f"copy the folder anew ({error})"
+        ) from None
+    return architecture, native
+
+
+def hooked_transformer_weights(native: NativeModel) -> dict[str, Tensor]:
+    """The weights as `HookedTransformer` names and shapes them.
+
+    Its linear maps multiply from the right, so every weight is transposed, and it keeps the heads
+    as a dimension of their own.
+    """
+    n_heads = native.cfg.n_heads
+    tensors = {"embed.W_E": native.tok_embed.weight, "unembed.W_U": native.head.weight.T}
+    if native.pos is not None:
+        tensors["pos_embed.W_pos"] = native.pos.weight
+    tensors |= _norm("ln_final", native.ln_out)
+    layers: list[Any] = list(native.layers)  # which declare no parts
+    for index, layer in enumerate(layers):
+        block = f"blocks.{index}"
+        tensors |= _norm(f"{block}.ln1", layer.ln1) | _norm(f"{block}.ln2", layer.ln2)
+        for letter, linear in zip("QKV", (layer.attn.q, layer.attn.k, layer.attn.v), strict=True):
+            weight = rearrange(linear.weight, "(h d) m -> h m d", h=n_heads)
+            tensors[f"{block}.attn.W_{letter}"] = weight
+            tensors[f"{block}.attn.b_{letter}"] = rearrange(linear.bias, "(h d) -> h d", h=n_heads)
+        tensors[f"{block}.attn.W_O"] = rearrange(layer.attn.o.weight, "m (h d) -> h d m", h=n_heads)
+        tensors[f"{block}.attn.b_O"] = layer.attn.o.bias
+        for name, linear in (("in", layer.mlp.fc_in), ("out", layer.mlp.fc_out)):
+            tensors[f"{block}.mlp.W_{name}"] = linear.weight.T
+            tensors[f"{block}.mlp.b_{name}"] = linear.bias
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def _norm(name: str, norm: nn.Module) -> dict[str, Tensor]:
+    # RMS norms have a weight and no bias.
+    letters = {"weight": "w", "bias": "b"}
+    return {f"{name}.{letters[key]}": tensor for key, tensor in norm.named_parameters()}

@@ -1,0 +1,287 @@
+"""A TransformerLens model with SAEs spliced into chosen hook points."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sparsify.base_config import UserError
+from sparsify.forward_plan import ForwardPlan
+from sparsify.hooked_model import Hook, HookedModel, TLensModel
+from sparsify.runs import Runs
+from sparsify.saes.acts import CacheActs, SAEActs
+from sparsify.saes.base import SAE
+from sparsify.saes.build import build_sae
+from sparsify.saes.config import ReLUSAEConfig, SAEConfig
+
+Acts = dict[str, SAEActs | CacheActs]
+
+
+class SAEDict(nn.ModuleDict):
+    """SAEs by hook point. Module names may have no dot, so the keys have "-" in its place."""
+
+    def at(self, position: str) -> SAE:
+        """The SAE at a hook point, by its full name."""
+        sae = self[position.replace(".", "-")]
+        assert isinstance(sae, SAE)
+        return sae
+
+    def read(self, position: str, act: Float[Tensor, "batch pos ..."]) -> SAEActs:
+        """What the SAE at a hook point makes of an activation, whose heads, if any, are flattened.
+
+        The SAE computes in its own precision, whatever that of the model is.
+        """
+        sae = self.at(position)
+        parameter = next(sae.parameters(), None)
+        flat = act.flatten(start_dim=2)
+        return sae(flat if parameter is None else flat.to(parameter))
+
+
+class SAETransformer(nn.Module):
+    """A frozen language model, and trainable SAEs that can stand in for its activations.
+
+    Args:
+        tlens_model: `HookedTransformer` or `TransformerBridge`. Its parameters are frozen.
+        raw_sae_positions: Full names of the hook points that get an SAE. An activation with a
+            dimension for heads (`hook_z`) is flattened over heads.
+        dict_size_to_input_ratio: Dictionary elements per dimension of the activation, for ReLU
+            SAEs. None: `sae` is given.
+        sae: Config of the SAEs, one for all positions. None: `dict_size_to_input_ratio` is given.
+
+    Raises:
+        UserError: A position repeats, is not a hook point, or has no activation vector per token.
+    """
+
+    def __init__(
+        self,
+        tlens_model: TLensModel,
+        raw_sae_positions: Sequence[str],
+        dict_size_to_input_ratio: float | None = None,
+        *,
+        sae: SAEConfig | None = None,
+    ) -> None:
+        super().__init__()
+        if (dict_size_to_input_ratio is None) == (sae is None):
+            raise UserError("give either dict_size_to_input_ratio or sae, and not both")
+        if dict_size_to_input_ratio is not None:
+            sae = ReLUSAEConfig(dict_size_to_input_ratio=dict_size_to_input_ratio)
+        assert sae is not None
+        self.tlens_model: TLensModel = tlens_model.eval().requires_grad_(False)
+        self.hooked_model = HookedModel(tlens_model)
+        shapes = self._act_shapes(list(raw_sae_positions))
+        self.raw_sae_positions = list(shapes)
+        self.saes = SAEDict(
+            {
+                position.replace(".", "-"): build_sae(sae, d_act=prod(shape))
+                for position, shape in shapes.items()
+            }
+        )
+        self.saes.to(next(tlens_model.parameters()).device)
+
+    def forward_raw(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        run_entire_model: bool = True,
+        final_layer: int | None = None,
+        cache_positions: Sequence[str] | None = None,
+    ) -> tuple[Float[Tensor, "batch pos d_vocab"] | None, dict[str, Tensor]]:
+        """Run the model as it was.
+
+        Args:
+            tokens: Token ids.
+            run_entire_model: Whether to go on to the logits.
+            final_layer: Block before which to stop if not `run_entire_model`. None: as soon as all
+                activations are there.
+            cache_positions: Hook points to keep besides the SAEs' own. None: no others.
+
+        Returns:
+            Logits, None if the run stopped before; the activation at each hook point.
+        """
+        acts: dict[str, Tensor] = {}
+        positions = [*self.raw_sae_positions, *(cache_positions or [])]
+        self.hooked_model.check_hook_names(positions, "cache_positions")
+        hooks = keep_hooks(positions, acts)
+        logits = None
+        if run_entire_model:
+            logits = self.hooked_model.run_with_logits(tokens, hooks)
+        else:
+            stops = map(self.hooked_model.stop_block, positions)
+            self.hooked_model.run(
+                tokens, hooks, 0, max(stops) if final_layer is None else final_layer
+            )
+        if final_layer is None:
+            _check_fired(positions, acts)
+        return logits, acts
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch pos"] | None,
+        sae_positions: Sequence[str] | None = None,
+        cache_positions: Sequence[str] | None = None,
+        orig_acts: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Float[Tensor, "batch pos d_vocab"] | None, Acts]:
+        """Run the model with SAEs in place of activations.
+
+        Args:
+            tokens: Token ids. May be None if `orig_acts` is given.
+            sae_positions: Positions whose SAE takes part. None: all.
+            cache_positions: Hook points to keep besides. None: no others.
+            orig_acts: Raw activations by position. The model is then not run at all: each SAE reads
+                its own entry, and there are no logits.
+
+        Returns:
+            Logits; by hook point, what each SAE read, its code and what it wrote, or the activation
+            alone at `cache_positions`.
+        """
+        positions = self.raw_sae_positions if sae_positions is None else list(sae_positions)
+        self._check_have_saes(positions)
+        if orig_acts is not None:
+            return None, {name: self.saes.read(name, orig_acts[name]) for name in positions}
+        if tokens is None:
+            raise ValueError("tokens may only be None if orig_acts is given")
+        self.hooked_model.check_hook_names(cache_positions or [], "cache_positions")
+        acts: Acts = {}
+        hooks = self._splice_hooks(positions, cache_positions or [], acts)
+        logits = self.hooked_model.run_with_logits(tokens, hooks)
+        _check_fired(cache_positions or [], acts)
+        return logits, acts
+
+    def run(self, tokens: Int[Tensor, "batch pos"], plan: ForwardPlan) -> Runs:
+        """Both runs of a training step, as far as `plan` says; gradients reach the SAEs alone."""
+        model = self.hooked_model
+        start = plan.start if model.can_start_at_block else 0
+        orig_acts: dict[str, Tensor] = {}
+        new_acts: Acts = {}
+        with torch.no_grad():
+            split = model.run(tokens, {}, 0, start) if start > 0 else tokens
+            raw_hooks = keep_hooks(plan.raw_positions, orig_acts)
+            has_raw = bool(plan.raw_positions) or plan.needs_logits
+            orig_resid = model.run(split, raw_hooks, start, plan.raw_stop) if has_raw else None
+        orig_acts = {position: act.flatten(start_dim=2) for position, act in orig_acts.items()}
+        if plan.is_local:
+            _, new_acts = self.forward(None, plan.sae_positions, orig_acts=orig_acts)
+            return Runs(orig_acts, new_acts, None, None, None)
+        hooks = self._splice_hooks(plan.sae_positions, plan.spliced_positions, new_acts)
+        new_resid = model.run(split, hooks, start, plan.spliced_stop)
+        if not plan.needs_logits:
+            return Runs(orig_acts, new_acts, None, None, None)
+        return Runs(orig_acts, new_acts, orig_resid, new_resid, model.unembed)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        input: str | Int[Tensor, "batch pos"],
+        sae_positions: Sequence[str] | Literal["all"] | None = "all",
+        **kwargs: Any,  # what TransformerLens's generate takes
+    ) -> str | Int[Tensor, "batch new_pos"]:
+        """Continue a text or tokens, as TransformerLens's `generate` does.
+
+        Args:
+            input: Prompt.
+            sae_positions: Positions whose SAE takes part. None: the model as it was.
+            **kwargs: Passed on: `max_new_tokens`, `temperature`, `top_k`, `do_sample`, ...
+        """
+        positions = self.raw_sae_positions if sae_positions == "all" else list(sae_positions or [])
+        self._check_have_saes(positions)
+        return self.hooked_model.generate(input, self._splice_hooks(positions, [], {}), **kwargs)
+
+    def train(self, mode: bool = True) -> "SAETransformer":
+        """Set the mode of the SAEs; the frozen model stays as it is used, without dropout."""
+        super().train(mode)
+        self.tlens_model.eval()
+        return self
+
+    def to_tokens(self, text: str | list[str]) -> Int[Tensor, "batch pos"]:
+        """Tokens of a text, with a BOS token where the model's tokenizer has one."""
+        return self.tlens_model.to_tokens(text)
+
+    def to(self, *args: Any, **kwargs: Any) -> "SAETransformer":  # as nn.Module.to
+        """Move or cast the model and its SAEs, and tell the model's config."""
+        super().to(*args, **kwargs)
+        parameter = next(self.tlens_model.parameters())
+        # TransformerLens makes tokens and caches where its config says the model is.
+        self.tlens_model.cfg.device = str(parameter.device)
+        self.tlens_model.cfg.dtype = parameter.dtype
+        return self
+
+    @staticmethod
+    def from_local_path(path: str | Path, device: str = "cpu") -> "SAETransformer":
+        """The model of a run folder, with its newest checkpoint, or of one checkpoint in it.
+
+        Raises:
+            UserError: There is no run or no checkpoint, or they do not fit together.
+        """
+        from sparsify.saved_runs import load_run
+
+        return load_run(Path(path), device)
+
+    def _act_shapes(self, positions: list[str]) -> dict[str, tuple[int, ...]]:
+        """Shape of one token's activation at each position, in the order of the model."""
+        if not positions:
+            raise UserError("sae_positions: names no hook point; give at least one")
+        if repeated := sorted({p for p in positions if positions.count(p) > 1}):
+            raise UserError(f"sae_positions: {', '.join(repeated)} given twice; one SAE fits there")
+        self.hooked_model.check_hook_names(positions, "sae_positions")
+        names_of_points: dict[nn.Module, str] = {}
+        for position in positions:
+            other = names_of_points.setdefault(self.tlens_model.hook_dict[position], position)
+            if other != position:
+                raise UserError(
+                    f"sae_positions: '{other}' and '{position}' are the same hook point; one SAE "
+                    "fits there, so remove one of them"
+                )
+        return self.hooked_model.probe(positions, "sae_positions")
+
+    def _check_have_saes(self, positions: Iterable[str]) -> None:
+        for position in positions:
+            if position not in self.raw_sae_positions:
+                raise UserError(
+                    f"sae_positions: there is no SAE at '{position}', only at "
+                    f"{', '.join(self.raw_sae_positions)}"
+                )
+
+    def _splice_hooks(
+        self, positions: Iterable[str], cache_positions: Iterable[str], acts: Acts
+    ) -> dict[str, Hook]:
+        """Hooks that replace activations by SAE outputs and record what passes in `acts`."""
+
+        def splice(position: str) -> Hook:
+            def hook(act: Tensor) -> Tensor:
+                acts[position] = sae_acts = self.saes.read(position, act)
+                return sae_acts.output.to(act).reshape(act.shape)
+
+            return hook
+
+        def keep(position: str) -> Hook:
+            def hook(act: Tensor) -> None:
+                acts[position] = CacheActs(act.flatten(start_dim=2))
+
+            return hook
+
+        hooks = {position: keep(position) for position in cache_positions}
+        return hooks | {position: splice(position) for position in positions}
+
+
+def keep_hooks(positions: Iterable[str], acts: dict[str, Tensor]) -> dict[str, Hook]:
+    """Hooks that put the activation at each position into `acts`."""
+
+    def keep(position: str) -> Hook:
+        def hook(act: Tensor) -> None:
+            acts[position] = act
+
+        return hook
+
+    return {position: keep(position) for position in positions}
+
+
+def _check_fired(positions: Iterable[str], acts: Mapping[str, object]) -> None:
+    for position in positions:
+        if position not in acts:
+            raise UserError(
+                f"cache_positions: hook point '{position}' did not fire in this run; leave it out, "
+                "or run the entire model if it lies behind the last block"
+            )

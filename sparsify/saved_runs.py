@@ -1,0 +1,124 @@
+"""Builds an `SAETransformer` from its settings, and from what a run has saved."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from sparsify.base_config import UserError, read_yaml, validate_config
+from sparsify.config import SAETransformerConfig
+from sparsify.hooked_model import HookedModel
+from sparsify.model_loading import BUNDLED_MODELS, load_hooked_model
+from sparsify.native_model import MODEL_FILE
+from sparsify.sae_transformer import SAETransformer
+from sparsify.training.checkpoints import latest_checkpoint, load_metadata, load_weights
+from sparsify.training.run_folder import CONFIG_FILE
+
+
+def build_sae_transformer(config: SAETransformerConfig, device: str) -> SAETransformer:
+    """The model of a config with new SAEs, and those of its `pretrained_sae_paths` loaded.
+
+    SAEs that were loaded are frozen unless `retrain_saes`.
+
+    Raises:
+        UserError: The model, a position or a checkpoint is not there, or does not fit.
+    """
+    tlens_model = load_hooked_model(
+        config.tlens_model_name, config.tlens_model_path, config.tlens_model_processing, device
+    )
+    positions = HookedModel(tlens_model).matching_hook_names(
+        config.saes.sae_positions, "saes.sae_positions"
+    )
+    model = SAETransformer(tlens_model, positions, sae=config.saes.sae)
+    for path in config.saes.pretrained_sae_paths or []:
+        loaded = load_saes(model, path, model_identity(config))
+        if not config.saes.retrain_saes:
+            for position in loaded:
+                model.saes.at(position).requires_grad_(False)
+    return model
+
+
+def load_run(path: Path, device: str) -> SAETransformer:
+    """The model of a run folder at its newest checkpoint, or at the checkpoint that `path` is."""
+    checkpoint = path if path.is_file() else latest_checkpoint(path)
+    config_path = checkpoint.parent / CONFIG_FILE
+    known = SAETransformerConfig.model_fields
+    content = {key: value for key, value in read_yaml(config_path).items() if key in known}
+    config = validate_config(SAETransformerConfig, content, str(config_path))
+    # The checkpoint holds all SAEs, so what the run started from is not needed.
+    saes = config.saes.model_copy(update={"pretrained_sae_paths": None})
+    config = config.model_copy(update={"saes": saes})
+    model = build_sae_transformer(config, device)
+    loaded = load_saes(model, checkpoint, model_identity(config))
+    if missing := sorted(set(model.raw_sae_positions) - set(loaded)):
+        raise UserError(
+            f"{checkpoint}: has no SAE for {', '.join(missing)}; the file is not of this run"
+        )
+    return model
+
+
+def load_saes(model: SAETransformer, path: Path, identity: dict[str, str]) -> list[str]:
+    """Load a checkpoint's weights into the SAEs of `model`; returns their positions.
+
+    Raises:
+        UserError: The checkpoint was made in another model, or an SAE of it has no counterpart of
+            the same shape.
+    """
+    _check_identity(path, load_metadata(path), identity)
+    weights = load_weights(path)
+    by_key = {position.replace(".", "-"): position for position in model.raw_sae_positions}
+    keys = list(dict.fromkeys(name.split(".")[0] for name in weights))
+    for key in keys:
+        if key not in by_key:
+            raise UserError(
+                f"{path}: has an SAE for '{key}', but sae_positions are "
+                f"{', '.join(model.raw_sae_positions)}; name its hook point there"
+            )
+        own = {
+            name.removeprefix(f"{key}."): t
+            for name, t in weights.items()
+            if name.startswith(f"{key}.")
+        }
+        _check_shapes(path, key, own, model.saes[key].state_dict())
+        model.saes[key].load_state_dict(own)
+    return [by_key[key] for key in keys]
+
+
+def model_identity(config: SAETransformerConfig) -> dict[str, str]:
+    """What every checkpoint records of the model that its SAEs belong to.
+
+    A folder is known by its weights, as it may be moved, or hold another model the next time.
+    """
+    name = config.tlens_model_name
+    folder = config.tlens_model_path or BUNDLED_MODELS.get(name or "")
+    return {
+        "tlens_model": f"weights {_digest(folder / MODEL_FILE)}" if folder else str(name),
+        "tlens_model_processing": config.tlens_model_processing,
+    }
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _check_identity(path: Path, found: dict[str, str], wanted: dict[str, str]) -> None:
+    for key, value in wanted.items():
+        # Checkpoints of the original system record nothing.
+        if found.get(key, value) != value:
+            raise UserError(
+                f"{path}: its SAEs were trained with {key} '{found[key]}', not '{value}'; use the "
+                "model that they belong to"
+            )
+
+
+def _check_shapes(
+    path: Path, key: str, found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
+) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+    if shapes != expected:
+        raise UserError(
+            f"{path}: the SAE '{key}' has weights {shapes}, but {expected} were expected; check "
+            "the model, saes.sae_positions and saes.dict_size_to_input_ratio"
+        )

@@ -1,0 +1,122 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparsify import cli
+from sparsify.base_config import BaseConfig, UserError
+from sparsify.cli import run_script
+
+
+class Settings(BaseConfig):
+    lr: float
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)  # where `.env` is looked for
+    path = tmp_path / "config.yaml"
+    path.write_text("lr: 0.5\n")
+    return path
+
+
+def test_main_gets_the_config(path: Path):
+    seen: list[Settings] = []
+    assert run_script(Settings, seen.append, "Does a thing.", [str(path), "--lr", "2"]) == 0
+    assert seen == [Settings(lr=2.0)]
+
+
+def test_arguments_are_those_of_the_process(path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", ["script.py", str(path)])
+    seen: list[Settings] = []
+    assert run_script(Settings, seen.append, "Does a thing.") == 0
+    assert seen == [Settings(lr=0.5)]
+
+
+def test_bad_config_is_a_message_and_exit_code_2(path: Path, capsys: pytest.CaptureFixture[str]):
+    code = run_script(
+        Settings, lambda _: pytest.fail("main ran"), "Does a thing.", [str(path), "--lrr", "2"]
+    )
+    assert code == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "error: unknown option '--lrr'; did you mean '--lr'?\n")
+
+
+def test_bad_input_that_shows_later_is_a_message_too(
+    path: Path, capsys: pytest.CaptureFixture[str]
+):
+    def main(_: Settings) -> None:
+        raise UserError("train_data: is empty; give more")
+
+    assert run_script(Settings, main, "Does a thing.", [str(path)]) == 2
+    assert capsys.readouterr().err == "error: train_data: is empty; give more\n"
+
+
+def test_interruption_has_exit_code_130(path: Path, capsys: pytest.CaptureFixture[str]):
+    def main(_: Settings) -> None:
+        raise KeyboardInterrupt
+
+    assert run_script(Settings, main, "Does a thing.", [str(path)]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_bugs_are_not_hidden(path: Path):
+    def main(_: Settings) -> None:
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        run_script(Settings, main, "Does a thing.", [str(path)])
+
+
+def test_dotenv_of_the_working_folder_does_not_override_the_environment(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (path.parent / ".env").write_text("SPARSIFY_TEST_A=file\nSPARSIFY_TEST_B=file\n")
+    monkeypatch.setenv("SPARSIFY_TEST_A", "environment")
+    monkeypatch.setenv("SPARSIFY_TEST_B", "")  # so that it is restored after the test
+    monkeypatch.delenv("SPARSIFY_TEST_B")
+    seen: list[str | None] = []
+
+    def main(_: Settings) -> None:
+        import os
+
+        seen.extend(os.environ.get(f"SPARSIFY_TEST_{letter}") for letter in "AB")
+
+    assert run_script(Settings, main, "Does a thing.", [str(path)]) == 0
+    assert seen == ["environment", "file"]
+
+
+# The `sparsify` command
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_command_help_lists_the_commands(
+    argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sys, "argv", ["sparsify", *argv])
+    assert cli.main() == 0
+    out = capsys.readouterr().out
+    assert all(command in out for command in cli.COMMANDS)
+
+
+def test_unknown_command_is_rejected(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sys, "argv", ["sparsify", "train-sae"])
+    assert cli.main() == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: no command 'train-sae'")
+    assert "train-saes" in err
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_command_passes_its_arguments_to_the_script(
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sparsify", command, "missing.yaml"])
+    assert cli.main() == 2
+    assert "missing.yaml: cannot be read" in capsys.readouterr().err

@@ -1,0 +1,107 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsify.architecture import Architecture
+from sparsify.base_config import UserError
+from sparsify.data.tokenizers import load_tokenizer, train_tokenizer
+from sparsify.hooked_model import HookedModel
+from sparsify.model_loading import Processing, build_bridge, load_hooked_model
+from sparsify.native_model import TrainableModel, load_native_model, save_language_model
+
+pytestmark = pytest.mark.model
+
+SIZES = {"n_layers": 2, "d_model": 12, "n_heads": 3, "d_mlp": 20, "n_ctx": 8, "d_vocab": 270}
+
+
+def save(folder: Path, norm: str = "LN", positions: str = "rotary") -> TrainableModel:
+    """A model with weights unlike those it begins with, and its tokenizer."""
+    fields = {"normalization_type": norm, "positional_embedding_type": positions}
+    model = TrainableModel(Architecture.model_validate(SIZES | fields), seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    save_language_model(folder, model, torch.float32)
+    train_tokenizer(["def f():\n    return 1\n"] * 4, vocab_size=262).save_pretrained(folder)
+    return model.eval()
+
+
+def load(folder: Path, kind: str, processing: Processing) -> Any:  # either kind of model
+    if kind == "bridge":
+        return build_bridge(*load_native_model(folder), load_tokenizer(str(folder)), processing)
+    return load_hooked_model(None, folder, processing)
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randint(270, (2, 8))
+
+
+@pytest.mark.parametrize("norm", ["LN", "RMS"])
+@pytest.mark.parametrize("positions", ["rotary", "standard"])
+@pytest.mark.parametrize("kind", ["default", "bridge"])
+def test_hooked_models_predict_what_the_trained_model_predicts(
+    norm: str, positions: str, kind: str, tokens: Tensor, tmp_path: Path
+):
+    expected = save(tmp_path, norm, positions)(tokens).log_softmax(dim=-1)
+    for processing in ("raw", "folded"):
+        model = load(tmp_path, kind, processing)
+        log_probs = model(tokens).log_softmax(dim=-1)
+        torch.testing.assert_close(log_probs, expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["default", "bridge"])
+def test_processing_changes_activations(kind: str, tokens: Tensor, tmp_path: Path):
+    trained = save(tmp_path)
+    resid = {}
+    for processing in ("raw", "folded"):
+        model = HookedModel(load(tmp_path, kind, processing))
+        resid[processing] = model.run(tokens, {}, 0, 1).detach()
+    first, *_ = trained.native.layers
+    expected = first(trained.native.tok_embed(tokens))[0].detach()
+    torch.testing.assert_close(resid["raw"], expected, rtol=1e-4, atol=1e-4)
+    # Folded: every vector that is written has mean zero.
+    centred = resid["folded"].mean(dim=-1)
+    torch.testing.assert_close(centred, torch.zeros_like(centred), rtol=0, atol=1e-5)
+    assert resid["raw"].mean(dim=-1).abs().max() > 0.01
+
+
+def test_model_has_the_tokenizer_of_its_folder(tmp_path: Path):
+    save(tmp_path)
+    model: Any = load_hooked_model(None, tmp_path, "folded")
+    ids = model.to_tokens("def f", prepend_bos=False)
+    assert model.tokenizer.decode(ids[0]) == "def f"
+    assert model.to_tokens("def f")[0, 0] == 0  # the token that begins a text
+    text = model.generate("def", max_new_tokens=3, verbose=False)
+    assert text.startswith("def")
+
+
+def test_folder_without_a_model_is_rejected(tmp_path: Path):
+    with pytest.raises(UserError, match=r"^tlens_model_path: .* has no config\.json"):
+        load_hooked_model(None, tmp_path / "nowhere", "folded")
+
+
+def test_folder_without_a_tokenizer_is_rejected(tmp_path: Path):
+    save(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="tokenizer"):
+        load_hooked_model(None, tmp_path, "folded")
+
+
+@pytest.mark.parametrize("processing", ["folded", "raw"])
+def test_unknown_name_is_rejected(processing: Processing):
+    with pytest.raises(UserError, match=r"^tlens_model_name: 'no-such-model' cannot be loaded"):
+        load_hooked_model("no-such-model", None, processing)
+
+
+@pytest.mark.slow
+def test_bundled_model_writes_python():
+    model: Any = load_hooked_model("tiny-python", None, "folded")
+    text = model.generate("import ", max_new_tokens=4, do_sample=False, verbose=False)
+    assert text.startswith("import ")
+    with torch.no_grad():
+        nats = model(model.to_tokens("for i in range(len(self.items)):\n"), return_type="loss")
+    assert nats < 5  # ln 4096 = 8.3 would be a guess
