@@ -1,0 +1,1 @@
+"""How good an SAETransformer is: metrics, `evaluate`, and the table of its result."""

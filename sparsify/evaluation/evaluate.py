@@ -1,0 +1,275 @@
+"""Measures the SAEs of a model: how much the model loses with them, and how sparse they are.
+
+The batches are read twice. Two of the numbers compare with the mean activation over all tokens: the
+mean-ablated model, and the variance that an SAE explains. So a first pass collects the means; it
+stops at the last SAE. The second pass makes four runs of each batch, which share everything before
+the first SAE:
+
+    tokens ─ shared prefix ─┬─ raw
+                            ├─ spliced: each SAE's output in place of what it reads
+                            ├─ zero-ablated: zeros there
+                            └─ mean-ablated: the mean of the raw activation there
+
+Everything is summed over tokens and divided once, so the batch size does not change the result.
+Logits exist for a chunk of tokens at a time, and codes until the SAE has written its output.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsify.evaluation.firing import FiringCounter
+from sparsify.evaluation.forked_runs import ActSums, ForkedRuns, constant_hooks
+from sparsify.evaluation.metrics import (
+    NO_TARGET,
+    cross_entropy,
+    explained_variance,
+    kl_divergence,
+    l2_ratio,
+    squared_distance,
+    top1_agreement,
+    unexplained_per_token,
+)
+from sparsify.evaluation.results import Evaluation, PositionEvaluation
+from sparsify.kernels.chunked import ACCELERATOR_CHUNK_BYTES, CPU_CHUNK_BYTES, Unembed
+from sparsify.sae_transformer import SAETransformer
+from sparsify.saes.acts import SAEActs
+
+
+def evaluate(
+    model: SAETransformer,
+    batches: Iterable[Int[Tensor, "batch pos"]],
+    *,
+    chunk_size: int | None = None,
+) -> Evaluation:
+    """How good the SAEs of `model` are on some tokens, with all of them spliced in together.
+
+    Cross-entropy is that of predicting tokens 2 to n of each sequence. KL, top-1 agreement and what
+    is measured at the SAEs is over all positions, as in the original system: the first (BOS, often
+    an outlier) and the last, whose next token is unknown.
+
+    The model is left as it was: no hook, its modules' training mode restored, no gradients.
+
+    Args:
+        model: Model and SAEs.
+        batches: Token ids. Read twice, and must give the same sequences both times, in any batches
+            and order: a list, or a loader that starts again from the same place.
+        chunk_size: Tokens whose logits exist at a time. None takes as many as are fast.
+
+    Raises:
+        ValueError: `batches` can be read only once, is empty or was not the same the second time,
+            or a sequence has no next token to predict.
+    """
+    if isinstance(batches, Iterator):
+        raise ValueError(
+            f"batches: a {type(batches).__name__} can be read only once, and is read twice here; "
+            "give a list of batches, or a loader"
+        )
+    with _eval_mode(model):
+        runs = ForkedRuns(model)
+        means, n_tokens = _collect_means(runs, batches, _device(model))
+        measurement = _Measurement(runs, means, _device(model), chunk_size)
+        for tokens in batches:
+            measurement.add(tokens)
+        if measurement.n_tokens != n_tokens:
+            raise ValueError(
+                f"batches: gave {n_tokens} tokens when first read, and {measurement.n_tokens} when "
+                "read again; give a list of batches"
+            )
+        return measurement.result()
+
+
+class _Means:
+    """Mean activations by position: of the raw model, and as the SAEs read them when spliced."""
+
+    def __init__(self, raw: dict[str, Tensor], read: dict[str, Tensor]) -> None:
+        self.raw = raw
+        self.read = read
+        self.zeros = {position: torch.zeros_like(mean) for position, mean in raw.items()}
+
+
+def _collect_means(
+    runs: ForkedRuns, batches: Iterable[Int[Tensor, "batch pos"]], device: torch.device
+) -> tuple[_Means, int]:
+    """The means over all tokens, and the number of tokens."""
+    raw, read = ActSums(), ActSums()
+    n_tokens = 0
+    for tokens in batches:
+        if tokens.shape[1] < 2:
+            raise ValueError(
+                f"batches: a sequence of {tokens.shape[1]} tokens has no next token to predict; "
+                "give 2 tokens or more"
+            )
+        n_tokens += tokens.numel()
+        with torch.inference_mode():
+            split = runs.shared_prefix(tokens.to(device))
+            runs.suffix(split, raw.hooks(runs.positions), runs.last_sae_stop)
+            if len(runs.positions) > 1:  # a single SAE reads the raw activation
+                hooks = runs.splice_hooks(lambda position, acts: read.add(position, acts.input))
+                runs.suffix(split, hooks, runs.last_sae_stop)
+    if n_tokens == 0:
+        raise ValueError("batches: hold no tokens; give at least one batch")
+    raw_means = raw.means(n_tokens, device)
+    return _Means(raw_means, read.means(n_tokens, device) or raw_means), n_tokens
+
+
+class _Measurement:
+    """The sums of the second pass."""
+
+    def __init__(
+        self, runs: ForkedRuns, means: _Means, device: torch.device, chunk_size: int | None
+    ) -> None:
+        self.runs = runs
+        self.means = means
+        self.device = device
+        self.chunk_size = chunk_size
+        self.n_samples = self.n_tokens = self.n_predictions = 0
+        self.firings = {
+            position: FiringCounter(runs.saes.at(position).n_dict, device)
+            for position in runs.positions
+        }
+        # By name of what is summed and position, "" if it has none.
+        self.sums: dict[tuple[str, str], float] = defaultdict(float)
+
+    def add(self, tokens: Int[Tensor, "batch pos"]) -> None:
+        """Measure a batch."""
+        sums: dict[tuple[str, str], Tensor] = {}
+
+        def observe(position: str, acts: SAEActs) -> None:
+            self.firings[position].update(acts.c)
+            for name, value in sae_sums(acts, self.means.read[position]).items():
+                sums[name, position] = value
+
+        with torch.inference_mode():
+            on_device = tokens.to(self.device)
+            split = self.runs.shared_prefix(on_device)
+            resids = {
+                "raw": self.runs.suffix(split, {}),
+                "spliced": self.runs.suffix(split, self.runs.splice_hooks(observe)),
+                "zero_ablated": self.runs.suffix(split, constant_hooks(self.means.zeros)),
+                "mean_ablated": self.runs.suffix(split, constant_hooks(self.means.raw)),
+            }
+            unembed = self.runs.model.unembed
+            of_logits = prediction_sums(resids, on_device, unembed, self.chunk_size)
+            sums |= {(name, ""): value for name, value in of_logits.items()}
+            # One transfer from the device for all.
+            values = torch.stack([value.float() for value in sums.values()]).tolist()
+        for key, value in zip(sums, values, strict=True):
+            self.sums[key] += value
+        self.n_samples += len(tokens)
+        self.n_tokens += tokens.numel()
+        self.n_predictions += tokens[:, 1:].numel()
+
+    def result(self) -> Evaluation:
+        """What was measured, over all batches."""
+        sums = {name: value for (name, position), value in self.sums.items() if not position}
+        return Evaluation(
+            n_samples=self.n_samples,
+            n_tokens=self.n_tokens,
+            n_predictions=self.n_predictions,
+            ce_loss_raw=sums["ce_raw"] / self.n_predictions,
+            ce_loss=sums["ce_spliced"] / self.n_predictions,
+            ce_loss_zero_ablated=sums["ce_zero_ablated"] / self.n_predictions,
+            ce_loss_mean_ablated=sums["ce_mean_ablated"] / self.n_predictions,
+            logits_kl=sums["kl"] / self.n_tokens,
+            top1_agreement=sums["top1_agreement"] / self.n_tokens,
+            positions={position: self._at(position) for position in self.runs.positions},
+        )
+
+    def _at(self, position: str) -> PositionEvaluation:
+        sae, firings, n_tokens = self.runs.saes.at(position), self.firings[position], self.n_tokens
+        sums = {name: value for (name, place), value in self.sums.items() if place == position}
+        unexplained = sums["unexplained"] / n_tokens
+        variance = (sums["unexplained_squared"] - n_tokens * unexplained**2) / (n_tokens - 1)
+        n_ratios = sums["n_l2_ratios"]
+        return PositionEvaluation(
+            n_dict=sae.n_dict,
+            l0=firings.l0,
+            n_alive=firings.n_alive,
+            mse=sums["errors"] / n_tokens / sae.d_act,
+            explained_variance=explained_variance(sums["errors"], sums["deviations"]),
+            explained_variance_per_token=1 - unexplained,
+            explained_variance_per_token_std=max(variance, 0.0) ** 0.5,
+            l2_ratio=sums["l2_ratios"] / n_ratios if n_ratios else float("nan"),
+        )
+
+
+def sae_sums(acts: SAEActs, mean_input: Float[Tensor, " d_act"]) -> dict[str, Float[Tensor, ""]]:
+    """Sums over tokens of what is measured at one SAE."""
+    input, output = acts.input.float(), acts.output.float()
+    errors = squared_distance(output, input)
+    deviations = squared_distance(input, mean_input)
+    unexplained = unexplained_per_token(errors, deviations)
+    ratios = l2_ratio(output, input)
+    return {
+        "errors": errors.sum(),
+        "deviations": deviations.sum(),
+        "unexplained": unexplained.sum(),
+        "unexplained_squared": unexplained.square().sum(),
+        "l2_ratios": ratios.nansum(),
+        "n_l2_ratios": (~ratios.isnan()).sum().float(),
+    }
+
+
+def prediction_sums(
+    resids: Mapping[str, Float[Tensor, "batch pos d_model"]],
+    tokens: Int[Tensor, "batch pos"],
+    unembed: Unembed,
+    chunk_size: int | None,
+) -> dict[str, Float[Tensor, ""]]:
+    """Sums over tokens of what is measured at the logits, of which a chunk exists at a time.
+
+    Args:
+        resids: Final residual streams of each run, `raw` and `spliced` among them.
+        tokens: What the runs read. The last of a sequence has no cross-entropy.
+        unembed: Final norm and unembedding.
+        chunk_size: Tokens in a chunk. None takes as many as are fast.
+
+    Returns:
+        `ce_<run>` for each run, and `kl` and `top1_agreement` of the spliced run with the raw one.
+    """
+    targets = F.pad(tokens[:, 1:].long(), (0, 1), value=NO_TARGET).flatten()
+    rows = {name: resid.flatten(end_dim=-2) for name, resid in resids.items()}
+    size = chunk_size or _fast_chunk_size(rows["raw"], unembed)
+    sums = defaultdict(lambda: torch.zeros((), device=tokens.device))
+    for start in range(0, len(targets), size):
+        part = slice(start, start + size)
+        log_raw = _log_probs(rows["raw"][part], unembed)
+        for name in rows:
+            log_probs = log_raw if name == "raw" else _log_probs(rows[name][part], unembed)
+            sums[f"ce_{name}"] += cross_entropy(log_probs, targets[part]).sum()
+            if name == "spliced":
+                sums["kl"] += kl_divergence(log_raw, log_probs).sum()
+                sums["top1_agreement"] += top1_agreement(log_raw, log_probs).sum()
+    return dict(sums)
+
+
+def _log_probs(resid: Tensor, unembed: Unembed) -> Tensor:
+    logits = unembed(resid)
+    return F.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def _fast_chunk_size(rows: Tensor, unembed: Unembed) -> int:
+    d_vocab = unembed(rows[:0]).shape[-1]
+    n_bytes = CPU_CHUNK_BYTES if rows.device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
+    return max(1, n_bytes // (4 * d_vocab))
+
+
+def _device(model: SAETransformer) -> torch.device:
+    return next(model.tlens_model.parameters()).device
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in was_training.items():
+            module.training = training
