@@ -1,0 +1,54 @@
+"""Settings of `run_train_tlens.py`."""
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import PositiveFloat, PositiveInt, model_validator
+
+from sparsify.architecture import Architecture
+from sparsify.base_config import BaseConfig
+from sparsify.data.config import DataConfig
+from sparsify.training.config import TrainingConfig
+
+
+class TokenizerConfig(BaseConfig):
+    """A byte-level BPE trained on the documents of `train_data`."""
+
+    vocab_size: PositiveInt
+
+
+class Config(TrainingConfig):
+    """A language model trained from scratch on text."""
+
+    model: Architecture
+    tokenizer: TokenizerConfig | None = None
+    """A tokenizer to train. null: the one that train_data.tokenizer_name names."""
+    adam_lr: PositiveFloat
+    """Learning rate of embeddings, unembedding, biases and norms; lr is that of Muon."""
+    train_data: DataConfig
+    eval_data: DataConfig
+    prompts: list[str] = []
+    """Texts that the trained model continues on its card."""
+    resume: Path | None = None
+    """Run folder whose newest checkpoint to go on from. null: a new run."""
+
+    @model_validator(mode="after")
+    def _there_is_one_tokenizer(self) -> Self:
+        if (self.tokenizer is None) == (self.train_data.tokenizer_name is None):
+            raise ValueError("give either tokenizer or train_data.tokenizer_name, and not both")
+        return self
+
+    @model_validator(mode="after")
+    def _the_model_is_kept(self) -> Self:
+        if self.save_dir is None:
+            raise ValueError("save_dir is null, but the trained model has to be written somewhere")
+        return self
+
+    @model_validator(mode="after")
+    def _vocabularies_fit(self) -> Self:
+        if self.tokenizer is not None and self.tokenizer.vocab_size > self.model.d_vocab:
+            raise ValueError(
+                f"tokenizer.vocab_size ({self.tokenizer.vocab_size}) is above model.d_vocab "
+                f"({self.model.d_vocab}); some ids would have no embedding"
+            )
+        return self

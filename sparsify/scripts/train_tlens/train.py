@@ -1,0 +1,186 @@
+"""The training loop of a small language model."""
+
+import sys
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from sparsify.data.config import DataConfig
+from sparsify.data.loader import TokenLoader, build_loader
+from sparsify.data.sources import open_documents
+from sparsify.data.tokenizers import load_tokenizer, train_tokenizer
+from sparsify.kernels.chunked import chunked_cross_entropy
+from sparsify.native_model import TrainableModel, save_language_model
+from sparsify.scripts.train_tlens.card import write_card
+from sparsify.scripts.train_tlens.config import Config
+from sparsify.scripts.train_tlens.evaluation import TextLoss, bytes_per_token, text_loss
+from sparsify.scripts.train_tlens.trigram import TrigramModel
+from sparsify.training.cadence import Cadence
+from sparsify.training.checkpoints import (
+    latest_checkpoint,
+    load_training_state,
+    load_weights,
+    save_training_state,
+)
+from sparsify.training.optimizers import build_muon
+from sparsify.training.random_state import set_seed
+from sparsify.training.run_folder import create_run_folder, write_config
+from sparsify.training.schedules import build_lr_schedulers
+from sparsify.training.sinks import Sink, open_sinks
+from sparsify.training.steps import GradientStepper
+
+MODEL_FOLDER = "model"
+
+
+class Trainer:
+    """One run: its parts, and how many samples it has seen."""
+
+    def __init__(self, config: Config, run_dir: Path) -> None:
+        set_seed(config.seed)
+        self.config = config
+        self.run_dir = run_dir
+        self.n_samples = 0
+        self.tokenizer = make_tokenizer(config, run_dir / MODEL_FOLDER)
+        self.token_bytes = bytes_per_token(self.tokenizer)
+        self.model = TrainableModel(config.model, seed=config.seed)
+        self.loader = self.build_loader(config.train_data)
+        optimizers = build_muon(self.model.named_parameters(), config.lr, config.adam_lr)
+        self.stepper = GradientStepper(
+            self.model.parameters(),
+            optimizers,
+            build_lr_schedulers(optimizers, config),
+            n_accumulation_steps=config.n_accumulation_steps,
+            max_grad_norm=config.max_grad_norm,
+        )
+
+    def train(self, sink: Sink) -> None:
+        """Train until the config's number of samples."""
+        cadence = Cadence.from_config(self.config, start=self.n_samples)
+        n_batches = self.config.n_batches - self.n_samples // self.config.batch_size
+        for tokens in islice(self.loader, n_batches):
+            loss = next_token_loss(self.model, tokens)
+            self.stepper.backward(loss)
+            self.n_samples += len(tokens)
+
+            if cadence.log.due(self.n_samples):
+                sink.log({"loss": loss.item(), "lr": self.stepper.lr}, self.n_samples)
+            if cadence.evaluate.due(self.n_samples):
+                sink.log(loss_metrics(self.evaluate(self.config.eval_n_samples)), self.n_samples)
+            if cadence.save.due(self.n_samples):
+                self.save(sink)
+
+    def evaluate(self, n_samples: int | None) -> TextLoss:
+        """Loss on the first `n_samples` held-out sequences. None: on all."""
+        loader = self.build_loader(self.config.eval_data)
+        n_batches = sys.maxsize if n_samples is None else -(-n_samples // self.config.batch_size)
+        return text_loss(self.model, islice(loader, n_batches), self.token_bytes)
+
+    def save(self, sink: Sink) -> None:
+        """Write the weights, and what the run needs to go on."""
+        sink.save(self.model.state_dict(), self.n_samples)
+        state = {"stepper": self.stepper.state_dict(), "loader": self.loader.state_dict()}
+        save_training_state(self.run_dir, self.n_samples, state)
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint of the run folder."""
+        self.n_samples, state = load_training_state(self.run_dir)
+        self.model.load_state_dict(load_weights(latest_checkpoint(self.run_dir)))
+        self.stepper.load_state_dict(state["stepper"])
+        self.loader.load_state_dict(state["loader"])
+
+    def build_loader(self, data: DataConfig) -> TokenLoader:
+        """Batches of this run's training or held-out data."""
+        return build_loader(
+            data,
+            batch_size=self.config.batch_size,
+            tokenizer=self.tokenizer,
+            seed=self.config.seed,
+            d_vocab=self.config.model.d_vocab,
+            model_n_ctx=self.config.model.n_ctx,
+        )
+
+
+def train_language_model(config: Config) -> None:
+    """Train a model as `config` says, or go on with a run, and write its `model/` folder."""
+    run_name = config.run_name("tlens")
+    assert config.save_dir is not None, "the config's validator refuses null"
+    if config.resume is None:
+        run_dir = create_run_folder(config.save_dir, run_name)
+        write_config(run_dir, config)
+    else:
+        run_dir = config.resume
+    trainer = Trainer(config, run_dir)
+    if config.resume is not None:
+        trainer.resume()
+    with open_sinks(
+        config,
+        run_name=run_name,
+        run_dir=run_dir,
+        n_ctx=config.train_data.n_ctx,
+        start=trainer.n_samples,
+    ) as sink:
+        trainer.train(sink)
+        trainer.save(sink)
+        finish(trainer, sink)
+
+
+def next_token_loss(model: TrainableModel, tokens: Tensor) -> Tensor:
+    """Mean cross-entropy of predicting each token but the first, in nats."""
+    resid = model.final_residual(tokens[:, :-1])
+    return chunked_cross_entropy(
+        resid.flatten(0, 1), tokens[:, 1:].flatten(), model.unembed, model.unembed_parameters()
+    )
+
+
+def loss_metrics(loss: TextLoss) -> dict[str, float]:
+    """A held-out loss under the names that are logged."""
+    return {
+        "performance/eval/ce_loss": loss.nats_per_token,
+        "performance/eval/bits_per_byte": loss.bits_per_byte,
+    }
+
+
+def make_tokenizer(config: Config, folder: Path) -> PreTrainedTokenizerBase:
+    """The run's tokenizer: from `folder` if the run goes on, else made and kept there."""
+    if config.resume is not None:
+        return load_tokenizer(str(folder))
+    if config.tokenizer is None:
+        tokenizer = load_tokenizer(str(config.train_data.tokenizer_name))
+    else:
+        chunks = open_documents(config.train_data).chunks(np.random.default_rng(config.seed), None)
+        texts = (str(text) for chunk in chunks for text in chunk.documents)
+        tokenizer = train_tokenizer(texts, config.tokenizer.vocab_size)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def finish(trainer: Trainer, sink: Sink) -> None:
+    """Judge the model on all held-out text, beside the trigram baseline, and write its folder."""
+    config, folder = trainer.config, trainer.run_dir / MODEL_FOLDER
+    save_language_model(folder, trainer.model, torch.float16)
+    # What is measured is what is written: weights rounded to half precision.
+    trainer.model.half().float()
+    loss = trainer.evaluate(n_samples=None)
+    sink.log(loss_metrics(loss), trainer.n_samples)
+    baseline = trigram_loss(trainer)
+    write_card(folder, config, trainer.model, trainer.tokenizer, loss, baseline, trainer.n_samples)
+    sink.console(
+        f"bits per byte: {loss.bits_per_byte:.3f}, trigram model {baseline.bits_per_byte:.3f}\n"
+        f"model, tokenizer and card: {folder}"
+    )
+
+
+def trigram_loss(trainer: Trainer) -> TextLoss:
+    """Loss of a trigram model of one epoch of the training tokens, on all held-out text."""
+    one_epoch = trainer.config.train_data.model_copy(update={"n_epochs": 1})
+    model = TrigramModel(_all_tokens(trainer, one_epoch), trainer.config.model.d_vocab)
+    return model.text_loss(_all_tokens(trainer, trainer.config.eval_data), trainer.token_bytes)
+
+
+def _all_tokens(trainer: Trainer, data: DataConfig) -> np.ndarray:
+    """All sequences, shape `sample pos`."""
+    return np.concatenate([batch.numpy() for batch in trainer.build_loader(data)])
