@@ -1,0 +1,48 @@
+"""Settings of `run_train_tlens_saes.py`."""
+
+from typing import Literal, Self
+
+from pydantic import PositiveInt, model_validator
+
+from sparsify.config import SAETransformerConfig
+from sparsify.data.config import DataConfig
+from sparsify.losses import LossConfig
+from sparsify.training.config import TrainingConfig
+
+
+class Config(SAETransformerConfig, TrainingConfig):
+    """SAEs trained inside a frozen language model."""
+
+    loss: LossConfig
+    """Terms and their weights."""
+    train_data: DataConfig
+    """What the SAEs are trained on."""
+    eval_data: DataConfig | None = None
+    """Held-out text. null: no evaluation."""
+    collect_act_frequency_every_n_samples: PositiveInt | None = None
+    """Samples between two counts of alive dictionary elements. null: no counts in training."""
+    act_frequency_n_tokens: PositiveInt = 500_000
+    """Training tokens over which one such count runs."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to train. auto: a GPU if torch sees one."""
+
+    @model_validator(mode="after")
+    def _evaluations_have_data(self) -> Self:
+        if self.eval_data is None and self.eval_every_n_samples is not None:
+            raise ValueError(
+                f"eval_every_n_samples ({self.eval_every_n_samples}) needs eval_data, which is null"
+            )
+        return self
+
+    def default_run_name(self) -> str:
+        """A name made from the settings that matter."""
+        kind = "local"
+        if self.loss.logits_kl is not None:
+            kind = "e2e"
+        if self.loss.in_to_orig is not None:
+            kind = f"{kind}-downstream"
+        model = str(self.tlens_model_name or self.tlens_model_path).strip("/").replace("/", "-")
+        sparsity = f"-sparsity-{self.loss.sparsity.coeff:g}" if self.loss.sparsity else ""
+        return (
+            f"{model}-{kind}-ratio-{self.saes.dict_size_to_input_ratio:g}-lr-{self.lr:g}{sparsity}"
+        )

@@ -1,0 +1,63 @@
+"""A language model of a few thousand parameters, and its text."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+TEXT = "def double(number):\n    return 2 * number\n\n\nclass Node:\n    pass\n\n\n"
+
+
+def write_yaml(path: Path, content: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for index in range(6):
+        (folder / f"{index}.py").write_text(TEXT * 8 + f"print({index})\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lm_config(text_folder: Path) -> dict[str, Any]:
+    data = {"dataset_name": str(text_folder), "n_ctx": 16, "shuffle_block_samples": 16}
+    return {
+        "n_samples": 24,
+        "batch_size": 4,
+        "lr": 0.02,
+        "adam_lr": 0.01,
+        "lr_schedule": "constant",
+        "log_every_n_grad_steps": 1,
+        "eval_every_n_samples": 8,
+        "eval_n_samples": 4,
+        "save_every_n_samples": 8,
+        "wandb_run_name": "tiny",
+        "model": {
+            "n_layers": 3,
+            "d_model": 8,
+            "n_heads": 2,
+            "d_mlp": 16,
+            "n_ctx": 16,
+            "d_vocab": 300,
+        },
+        "tokenizer": {"vocab_size": 280},
+        "train_data": {**data, "n_epochs": None},
+        "eval_data": data,
+        "prompts": ["def "],
+    }
+
+
+@pytest.fixture(scope="session")
+def lm_run(lm_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folder of a language model that was trained for 6 steps."""
+    from sparsify.scripts.train_tlens.run_train_tlens import main
+
+    folder = tmp_path_factory.mktemp("lm")
+    config = write_yaml(folder / "config.yaml", lm_config)
+    assert main([str(config), "--save_dir", str(folder / "out")]) == 0
+    (run_dir,) = (folder / "out").iterdir()
+    return run_dir
