@@ -64,8 +64,8 @@ def load_saes(model: SAETransformer, path: Path, identity: dict[str, str]) -> li
         UserError: The checkpoint was made in another model, or an SAE of it has no counterpart of
             the same shape.
     """
-    _check_identity(path, load_metadata(path), identity)
     weights = load_weights(path)
+    _check_identity(path, load_metadata(path), identity)
     by_key = {position.replace(".", "-"): position for position in model.raw_sae_positions}
     keys = list(dict.fromkeys(name.split(".")[0] for name in weights))
     for key in keys:

@@ -1,3 +1,4 @@
+import os
 import sys
 from pathlib import Path
 
@@ -120,3 +121,21 @@ def test_command_passes_its_arguments_to_the_script(
     monkeypatch.setattr(sys, "argv", ["sparsify", command, "missing.yaml"])
     assert cli.main() == 2
     assert "missing.yaml: cannot be read" in capsys.readouterr().err
+
+
+def test_keys_are_read_from_dotenv_and_the_environment_wins(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (path.parent / ".env").write_text("WANDB_ENTITY=file\nWANDB_API_KEY=file\n")
+    monkeypatch.chdir(path.parent)
+    monkeypatch.setenv("WANDB_API_KEY", "environment")
+    # Set and removed again, so that what run_script sets is undone after the test.
+    monkeypatch.setenv("WANDB_ENTITY", "")
+    monkeypatch.delenv("WANDB_ENTITY")
+    seen: list[str | None] = []
+
+    def main(_: Settings) -> None:
+        seen.extend(os.environ.get(key) for key in ("WANDB_ENTITY", "WANDB_API_KEY"))
+
+    assert run_script(Settings, main, "Does a thing.", [str(path)]) == 0
+    assert seen == ["file", "environment"]

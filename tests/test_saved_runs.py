@@ -42,7 +42,8 @@ def other_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config_of(lm: Path, **saes: object) -> SAETransformerConfig:
     fields = {"sae_positions": POSITIONS, "dict_size_to_input_ratio": 2.0}
-    return SAETransformerConfig.model_validate({"tlens_model_path": lm, "saes": fields | saes})
+    content = {"tlens_model_path": lm, "tlens_model_processing": "raw", "saes": fields | saes}
+    return SAETransformerConfig.model_validate(content)
 
 
 def save_run(run_dir: Path, config: SAETransformerConfig) -> Path:
@@ -182,9 +183,9 @@ def test_checkpoint_of_another_model_is_rejected(
 
 def test_checkpoint_of_another_processing_is_rejected(lm: Path, run_dir: Path):
     config = config_of(lm)
-    raw = config.model_copy(update={"tlens_model_processing": "raw"})
-    save_checkpoint(run_dir / "samples_8.safetensors", build_sae_transformer(raw, "cpu"), raw)
-    with pytest.raises(UserError, match="with tlens_model_processing 'raw', not 'folded'"):
+    folded = config.model_copy(update={"tlens_model_processing": "folded"})
+    save_checkpoint(run_dir / "samples_8.safetensors", build_sae_transformer(folded, "cpu"), folded)
+    with pytest.raises(UserError, match="with tlens_model_processing 'folded', not 'raw'"):
         SAETransformer.from_local_path(run_dir)
 
 

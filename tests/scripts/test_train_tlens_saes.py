@@ -140,7 +140,7 @@ BAD_INPUT = [
     ({"loss": {}}, "loss: has no term"),
     ({"batch_size": 3}, "effective_batch_size (8) must be a multiple of batch_size (3)"),
     ({"saes.sae_positions": ["blocks.1.hook_resid_per"]}, "did you mean 'blocks.1.hook_resid_pre'"),
-    ({"saes.sae_positions": [POSITION, POSITION]}, f"'{POSITION}' repeats"),
+    ({"saes.sae_positions": [POSITION, POSITION]}, f"'{POSITION}' is repeated; name it once"),
     ({"saes.sae_positions": ["blocks.1.attn.hook_pattern"]}, "an SAE needs one vector per token"),
     ({"train_data.n_ctx": 17}, "n_ctx: 17 is beyond the model's context of 16"),
     ({"train_data.dataset_name": "./nothing.parquet"}, "there is no file or folder"),

@@ -123,15 +123,11 @@ def test_wandb_gets_metrics_by_samples_and_the_files(
         return run
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=RuntimeError))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_API_KEY", "of the environment")
-    monkeypatch.delenv("WANDB_ENTITY", raising=False)
-    (tmp_path / ".env").write_text("WANDB_ENTITY=team\n")
+    monkeypatch.setenv("WANDB_ENTITY", "team")
     write_config(tmp_path, CONFIG)
     with open_sinks(CONFIG, run_name="run", run_dir=tmp_path, n_ctx=8) as sink:
         sink.log({"loss": 1.0}, 40)
         sink.save({"w": torch.ones(1)}, 40)
-    monkeypatch.delenv("WANDB_ENTITY")
     assert calls == [
         ("sparsify-test", "team", "run"),
         "final_config.yaml",

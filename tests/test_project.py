@@ -1,0 +1,143 @@
+"""The project's own files agree with each other: launch entries, README, recipes, pins."""
+
+import importlib
+import itertools
+import json
+import re
+import socket
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsify.base_config import read_yaml
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(ROOT.glob("sparsify/scripts/*/run_*.py"))
+RECIPES = sorted(ROOT.glob("sparsify/scripts/*/*.yaml"))
+LAUNCH = json.loads((ROOT / ".vscode/launch.json").read_text())["configurations"]
+HEAVY = ("torch", "transformers", "datasets", "transformer_lens", "wandb", "matplotlib")
+
+
+def in_root(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def script_of(recipe: Path) -> Path:
+    (script,) = recipe.parent.glob("run_*.py")
+    return script
+
+
+def launch_paths(entry: dict[str, Any]) -> list[str]:
+    paths = [entry["program"], *(arg for arg in entry["args"] if "/" in arg)]
+    return [path.removeprefix("${workspaceFolder}/") for path in paths]
+
+
+# Launch entries and recipes
+
+
+def test_there_are_recipes():
+    assert SCRIPTS
+    assert RECIPES
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=in_root)
+def test_recipe_has_a_launch_entry(recipe: Path):
+    assert [in_root(script_of(recipe)), in_root(recipe)] in [launch_paths(e) for e in LAUNCH]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=in_root)
+def test_script_has_a_launch_entry(script: Path):
+    assert in_root(script) in [launch_paths(entry)[0] for entry in LAUNCH]
+
+
+@pytest.mark.parametrize("entry", LAUNCH, ids=lambda entry: entry["name"])
+def test_launch_entry_names_files_that_exist(entry: dict[str, Any]):
+    assert [path for path in launch_paths(entry) if not (ROOT / path).is_file()] == []
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=in_root)
+def test_recipe_is_valid(recipe: Path):
+    module = in_root(script_of(recipe)).removesuffix(".py").replace("/", ".")
+    config_class = importlib.import_module(module).Config
+    config = config_class.model_validate(read_yaml(recipe))
+    assert config_class.model_validate(config.model_dump(mode="json")) == config
+
+
+# README
+
+
+def code_in_readme() -> str:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return "\n".join(re.findall(r"```.*?```|`[^`\n]+`", text, flags=re.DOTALL))
+
+
+def expand_braces(path: str) -> Iterator[str]:
+    """`a_{b,c}.py` as the shell reads it: `a_b.py` and `a_c.py`."""
+    parts = re.split(r"\{(.*?)\}", path)
+    choices = [part.split(",") if i % 2 else [part] for i, part in enumerate(parts)]
+    yield from ("".join(choice) for choice in itertools.product(*choices))
+
+
+def test_paths_in_readme_exist():
+    pattern = r"(?<![\w/.-])(?:sparsify/|tests/|\.ci/|\.vscode/)[\w./{},*-]*"
+    named = {path.rstrip(".,") for path in re.findall(pattern, code_in_readme())}
+    assert named
+    paths = sorted({path for name in named for path in expand_braces(name)})
+    assert [path for path in paths if not any(ROOT.glob(path))] == []
+
+
+def test_make_targets_in_readme_exist():
+    named = set(re.findall(r"\bmake ([a-z][\w-]*)", code_in_readme()))
+    targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"train", "test"} <= named
+    assert named - targets == set()
+
+
+# Imports and pins
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["sparsify", "sparsify.cli", *(in_root(s)[:-3].replace("/", ".") for s in SCRIPTS)],
+)
+def test_import_is_light(module: str):
+    code = f"import sys, {module}; print(*sorted(sys.modules.keys() & {set(HEAVY)!r}))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == []
+
+
+def pins() -> dict[str, str]:
+    text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    return dict(re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE))
+
+
+def test_torch_is_pinned():
+    assert pins()["torch"] == "2.13.0"
+
+
+def test_every_dependency_is_pinned():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"].values()
+    needed = itertools.chain(project["dependencies"], *extras)
+    names = {re.split(r"[<>=\[]", need)[0] for need in needed} - {project["name"]}
+    assert names - pins().keys() == set()
+
+
+# The tests themselves
+
+
+def test_other_machines_are_out_of_reach():
+    with pytest.raises(pytest.fail.Exception, match=r"tried to reach 'example\.org'"):
+        socket.create_connection(("example.org", 80), timeout=1)
+
+
+def test_this_machine_is_within_reach():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        socket.create_connection(server.getsockname(), timeout=5).close()
