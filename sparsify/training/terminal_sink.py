@@ -49,7 +49,8 @@ class TerminalSink:
         """Show the watched numbers. Time spent on an evaluation is no training time."""
         shown = watched_metrics(metrics)
         if "loss" not in shown:
-            self.console(f"evaluation at {n_samples:,} samples: {_join(shown)}")
+            if shown:
+                self.console(f"evaluation at {n_samples:,} samples: {_join(shown)}")
             self._restart_clock(n_samples)
             return
         seconds = time.monotonic() - self._clock_start

@@ -44,6 +44,8 @@ class Trainer:
         set_seed(config.seed)
         self.config = config
         self.n_samples = 0
+        self.last_evaluation: tuple[int, Evaluation] | None = None
+        self.n_samples_saved: int | None = None
         self.device = resolve_device(config.device)
         self.model = build_sae_transformer(config, self.device)
         self.plan = derive_plan(self.model.hooked_model, self.model.raw_sae_positions, config.loss)
@@ -85,15 +87,23 @@ class Trainer:
             if cadence.evaluate.due(self.n_samples):
                 self.evaluate(sink)
             if cadence.save.due(self.n_samples):
-                sink.save(self.model.saes.state_dict(), self.n_samples)
+                self.save(sink)
 
     def evaluate(self, sink: Sink) -> Evaluation | None:
-        """Judge the SAEs on held-out text. None: the config gives no such text."""
+        """Judge the SAEs on held-out text, once as they are. None: there is no such text."""
         if not self.eval_batches:
             return None
-        evaluation = evaluate(self.model, self.eval_batches)
-        sink.log(evaluation.metrics(), self.n_samples)
-        return evaluation
+        if self.last_evaluation is None or self.last_evaluation[0] != self.n_samples:
+            evaluation = evaluate(self.model, self.eval_batches)
+            sink.log(evaluation.metrics(), self.n_samples)
+            self.last_evaluation = (self.n_samples, evaluation)
+        return self.last_evaluation[1]
+
+    def save(self, sink: Sink) -> None:
+        """Keep the SAEs' weights, once as they are."""
+        if self.n_samples_saved != self.n_samples:
+            sink.save(self.model.saes.state_dict(), self.n_samples)
+            self.n_samples_saved = self.n_samples
 
     def build_loader(self, data: DataConfig, num_workers: Literal[0, 1] = 1) -> TokenLoader:
         """Batches of training or held-out data."""
@@ -148,7 +158,7 @@ def finish(trainer: Trainer, sink: Sink, run_dir: Path | None) -> None:
             f"train_data: ended after {trainer.n_samples:,} of {n_wanted:,} samples, on which the "
             "SAEs were trained; give more data, or set train_data.n_epochs to repeat them"
         )
-    sink.save(trainer.model.saes.state_dict(), trainer.n_samples)
+    trainer.save(sink)
     if (evaluation := trainer.evaluate(sink)) is not None:
         print(format_table(evaluation))
     if run_dir is None:
