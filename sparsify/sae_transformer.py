@@ -1,6 +1,6 @@
 """A TransformerLens model with SAEs spliced into chosen hook points."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -219,6 +219,24 @@ class SAETransformer(nn.Module):
 
         return load_run(Path(path), device)
 
+    def splice_hooks(
+        self, positions: Iterable[str], observe: Callable[[str, SAEActs], None]
+    ) -> dict[str, Hook]:
+        """Hooks that put SAEs in place, and show what each did as it happens.
+
+        Nothing else is kept: what `observe` does not keep is freed at once.
+        """
+
+        def splice(position: str) -> Hook:
+            def hook(act: Tensor) -> Tensor:
+                acts = self.saes.read(position, act)
+                observe(position, acts)
+                return acts.output.to(act).reshape(act.shape)
+
+            return hook
+
+        return {position: splice(position) for position in positions}
+
     def _act_shapes(self, positions: list[str]) -> dict[str, tuple[int, ...]]:
         """Shape of one token's activation at each position, in the order of the model."""
         if not positions:
@@ -247,14 +265,7 @@ class SAETransformer(nn.Module):
     def _splice_hooks(
         self, positions: Iterable[str], cache_positions: Iterable[str], acts: Acts
     ) -> dict[str, Hook]:
-        """Hooks that replace activations by SAE outputs and record what passes in `acts`."""
-
-        def splice(position: str) -> Hook:
-            def hook(act: Tensor) -> Tensor:
-                acts[position] = sae_acts = self.saes.read(position, act)
-                return sae_acts.output.to(act).reshape(act.shape)
-
-            return hook
+        """Hooks that splice in SAEs, and record what passes in `acts`."""
 
         def keep(position: str) -> Hook:
             def hook(act: Tensor) -> None:
@@ -263,7 +274,7 @@ class SAETransformer(nn.Module):
             return hook
 
         hooks = {position: keep(position) for position in cache_positions}
-        return hooks | {position: splice(position) for position in positions}
+        return hooks | self.splice_hooks(positions, acts.__setitem__)
 
 
 def keep_hooks(positions: Iterable[str], acts: dict[str, Tensor]) -> dict[str, Hook]:

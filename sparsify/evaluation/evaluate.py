@@ -43,7 +43,7 @@ from sparsify.saes.acts import SAEActs
 
 def evaluate(
     model: SAETransformer,
-    batches: Iterable[Int[Tensor, "batch pos"]],
+    batches: Iterable[Int[Tensor, "_ _"]],
     *,
     chunk_size: int | None = None,
 ) -> Evaluation:
@@ -57,8 +57,9 @@ def evaluate(
 
     Args:
         model: Model and SAEs.
-        batches: Token ids. Read twice, and must give the same sequences both times, in any batches
-            and order: a list, or a loader that starts again from the same place.
+        batches: Token ids, of shape `batch pos`, which may differ between them. Read twice, and
+            must give the same sequences both times, in any batches and order: a list, or a loader
+            that starts again from the same place.
         chunk_size: Tokens whose logits exist at a time. None takes as many as are fast.
 
     Raises:
@@ -94,7 +95,7 @@ class _Means:
 
 
 def _collect_means(
-    runs: ForkedRuns, batches: Iterable[Int[Tensor, "batch pos"]], device: torch.device
+    runs: ForkedRuns, batches: Iterable[Int[Tensor, "_ _"]], device: torch.device
 ) -> tuple[_Means, int]:
     """The means over all tokens, and the number of tokens."""
     raw, read = ActSums(), ActSums()

@@ -3,7 +3,8 @@
 Mean activations are summed here too: they decide what a run puts in place of an activation.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from sparsify.hooked_model import Hook
 from sparsify.sae_transformer import SAETransformer
-from sparsify.saes.acts import SAEActs
 
 
 class ForkedRuns:
@@ -22,6 +22,7 @@ class ForkedRuns:
 
     def __init__(self, model: SAETransformer) -> None:
         self.saes = model.saes
+        self.splice_hooks = partial(model.splice_hooks, model.raw_sae_positions)
         self.positions = model.raw_sae_positions
         self.model = model.hooked_model
         can_share = self.model.can_start_at_block
@@ -50,22 +51,6 @@ class ForkedRuns:
         # Some Hugging Face models write to the residual stream in place, and others need it too.
         stop = self.model.n_blocks if stop is None else stop
         return self.model.run(split.clone(), hooks, self.start, stop)
-
-    def splice_hooks(self, observe: Callable[[str, SAEActs], None]) -> dict[str, Hook]:
-        """Hooks that put each SAE in place, and show what it did as it happens.
-
-        Nothing is kept, so that the codes, the largest of an SAE's tensors, are freed at once.
-        """
-
-        def splice(position: str) -> Hook:
-            def hook(act: Tensor) -> Tensor:
-                acts = self.saes.at(position)(act.flatten(start_dim=2))
-                observe(position, acts)
-                return acts.output.reshape(act.shape)
-
-            return hook
-
-        return {position: splice(position) for position in self.positions}
 
 
 def constant_hooks(vectors: Mapping[str, Float[Tensor, " d_act"]]) -> dict[str, Hook]:
