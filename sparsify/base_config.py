@@ -59,6 +59,11 @@ class BaseConfig(BaseModel):
         raise ValidationError.from_exception_data(cls.__name__, problems)
 
 
+def listed(value: object) -> object:
+    """One name or path, as the original's configs may give it, as a list of one."""
+    return [value] if isinstance(value, str | Path) else value
+
+
 AnyConfig = TypeVar("AnyConfig", bound=BaseConfig)
 
 

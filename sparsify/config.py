@@ -5,24 +5,19 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from sparsify.base_config import BaseConfig
+from sparsify.base_config import BaseConfig, listed
 from sparsify.saes.config import ReLUSAEConfig, SAEConfig
-
-
-def _listed(value: object) -> object:
-    """The original's configs may give one name or path in place of a list."""
-    return [value] if isinstance(value, str | Path) else value
 
 
 class SAEsConfig(BaseConfig):
     """Where SAEs sit, how large they are, and what they start from."""
 
-    sae_positions: Annotated[list[str], BeforeValidator(_listed)]
+    sae_positions: Annotated[list[str], BeforeValidator(listed)]
     """Hook points: full names, or runs of their dotted parts (`hook_resid_pre` is that of every
     block, `blocks.1` never means block 10)."""
     dict_size_to_input_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     """Dictionary elements per dimension of the activation."""
-    pretrained_sae_paths: Annotated[list[Path] | None, BeforeValidator(_listed)] = None
+    pretrained_sae_paths: Annotated[list[Path] | None, BeforeValidator(listed)] = None
     """Checkpoints whose SAEs to start from. null: all SAEs are new."""
     retrain_saes: bool = False
     """Whether SAEs from pretrained_sae_paths are trained on. If not, they stay as they are."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from sparsify.base_config import BaseConfig
+from sparsify.base_config import BaseConfig, listed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,17 +123,13 @@ class OutToOrigLoss(CoeffTerm):
         }
 
 
-def _listed(value: object) -> object:
-    return [value] if isinstance(value, str) else value
-
-
 class InToOrigLoss(LossTerm):
     """Mean squared error between the activations of the spliced and of the raw run.
 
     At a position that has an SAE, the spliced activation is what the SAE read.
     """
 
-    hook_positions: Annotated[list[str], BeforeValidator(_listed)]
+    hook_positions: Annotated[list[str], BeforeValidator(listed)]
     """Full names of the hook points to compare, or a single one."""
 
     total_coeff: Coeff

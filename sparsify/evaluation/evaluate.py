@@ -36,7 +36,7 @@ from sparsify.evaluation.metrics import (
     unexplained_per_token,
 )
 from sparsify.evaluation.results import Evaluation, PositionEvaluation
-from sparsify.kernels.chunked import ACCELERATOR_CHUNK_BYTES, CPU_CHUNK_BYTES, Unembed
+from sparsify.kernels.chunked import Unembed, fast_chunk_size
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.acts import SAEActs
 
@@ -236,7 +236,7 @@ def prediction_sums(
     """
     targets = F.pad(tokens[:, 1:].long(), (0, 1), value=NO_TARGET).flatten()
     rows = {name: resid.flatten(end_dim=-2) for name, resid in resids.items()}
-    size = chunk_size or _fast_chunk_size(rows["raw"], unembed)
+    size = chunk_size or fast_chunk_size(rows["raw"], unembed)
     sums = defaultdict(lambda: torch.zeros((), device=tokens.device))
     for start in range(0, len(targets), size):
         part = slice(start, start + size)
@@ -253,12 +253,6 @@ def prediction_sums(
 def _log_probs(resid: Tensor, unembed: Unembed) -> Tensor:
     logits = unembed(resid)
     return F.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-
-
-def _fast_chunk_size(rows: Tensor, unembed: Unembed) -> int:
-    d_vocab = unembed(rows[:0]).shape[-1]
-    n_bytes = CPU_CHUNK_BYTES if rows.device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
-    return max(1, n_bytes // (4 * d_vocab))
 
 
 def _device(model: SAETransformer) -> torch.device:

@@ -121,7 +121,7 @@ def chunked_mean(
         raise ValueError(f"resid has no rows to average over, its shape is {tuple(resid.shape)}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, given {chunk_size}")
-    size = chunk_size or _fast_chunk_size(rows, unembed)
+    size = chunk_size or fast_chunk_size(rows, unembed)
     learned = [param for param in params if param.requires_grad]
     if torch.is_grad_enabled() and (rows.requires_grad or learned):
         return _ChunkedMean.apply(unembed, row_loss, size, rows, *learned)
@@ -174,7 +174,8 @@ def _chunks(n_rows: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, n_rows, size)]
 
 
-def _fast_chunk_size(rows: Tensor, unembed: Unembed) -> int:
+def fast_chunk_size(rows: Float[Tensor, "token d_model"], unembed: Unembed) -> int:
+    """Tokens whose logits fill a chunk of the size that is fast on the device of `rows`."""
     with torch.no_grad():
         d_vocab = unembed(rows[:0]).shape[-1]
     n_bytes = CPU_CHUNK_BYTES if rows.device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
