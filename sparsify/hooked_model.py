@@ -4,8 +4,10 @@ With `model_loading.py` and `native_model.py`, all that knows TransformerLens ve
 `HookedTransformer` and `TransformerBridge`, 4.x has the bridge alone. What differs is evened out
 here:
 
-- Starting at a block: the bridge of 3.9 cannot, and that of 4.3 computes the blocks before the
-  start too and throws the result away. So runs of a bridge always begin with tokens.
+- Starting at a block: the bridge of 3.9 cannot, that of 4.3 computes the blocks before the start
+  too and throws the result away, and `HookedTransformer` forgets attention masks of padding and
+  shortformer positions. So a run begins with the tokens in all of them, and the blocks before the
+  start are replaced, while it lasts, by one that hands on the residual stream it is told.
 - Stopping before a block: the bridge calls the hooks at the start of that block. Where that is
   after the last block, it returns logits instead of the residual stream.
 - Hook names: in the bridge `blocks.3.hook_resid_pre` is an alias, and its hook fires under another
@@ -17,8 +19,9 @@ is not run, and the hook is called by `run` itself.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -41,14 +44,25 @@ _BLOCK_START = ("hook_resid_pre", "hook_in")
 _BLOCK_END = ("hook_resid_post", "hook_out")
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """The part that several runs on the same tokens share."""
+
+    tokens: Int[Tensor, "batch pos"]
+    n_blocks: int = 0
+    """Blocks that have run."""
+    resid: Float[Tensor, "batch pos d_model"] | None = None
+    """The residual stream behind them. None if there are none."""
+
+
 class HookedModel:
     """A frozen `HookedTransformer` or `TransformerBridge` that can be run in parts."""
 
     def __init__(self, model: TLensModel) -> None:
         self.model = model
         self.is_bridge = not _is_hooked_transformer(model)
-        self.can_start_at_block = not self.is_bridge
         self.n_blocks: int = model.cfg.n_layers
+        self._n_more_outputs = self._count_more_outputs() if self.is_bridge else None
 
     @property
     def hook_names(self) -> list[str]:
@@ -102,32 +116,36 @@ class HookedModel:
         is_inside = match is not None and match[2] not in (*_BLOCK_START, *_BLOCK_END)
         return self.first_block(name) + is_inside
 
+    def prefix(self, tokens: Int[Tensor, "batch pos"], n_blocks: int) -> Prefix:
+        """Run the first blocks, without hooks."""
+        resid = self.run(Prefix(tokens), {}, n_blocks) if n_blocks > 0 else None
+        return Prefix(tokens, n_blocks, resid)
+
     def run(
-        self,
-        x: Int[Tensor, "batch pos"] | Float[Tensor, "batch pos d_model"],
-        hooks: Mapping[str, Hook],
-        start: int,
-        stop: int,
+        self, prefix: Prefix, hooks: Mapping[str, Hook], stop: int
     ) -> Float[Tensor, "batch pos d_model"]:
-        """Run blocks `start` to `stop - 1` and return the residual stream after them.
+        """Run on from `prefix` to block `stop - 1` and return the residual stream after it.
 
         Args:
-            x: Tokens if `start` is 0, else the residual stream that enters block `start`.
+            prefix: The tokens, and the blocks that have run.
             hooks: By hook point. Those at the residual stream where the run starts and ends are
                 called too; no hook must lie before the start.
-            start: First block to run. Must be 0 unless `can_start_at_block`.
             stop: Block before which to stop; the number of blocks runs all of them.
         """
-        if self.is_bridge:
-            return self._run_bridge(x, hooks, stop)
-        if start > 0:
-            x = self._call_between(x, hooks, start - 1, _BLOCK_END)
-        if stop > start or start == 0:
+        with ExitStack() as stack:
+            if prefix.resid is not None:
+                last = prefix.n_blocks - 1
+                resid = self._call_between(prefix.resid, hooks, last, _BLOCK_END)
+                if stop == prefix.n_blocks:
+                    return self._call_between(resid, hooks, stop, _BLOCK_START)
+                stack.enter_context(self._blocks_return(resid, prefix.n_blocks))
+            if stop == self.n_blocks:
+                return self._run_to_final_norm(prefix.tokens, hooks)
             with self.hooked(hooks):
-                x = self.model(x, start_at_layer=start if start > 0 else None, stop_at_layer=stop)
-        if stop < self.n_blocks:
-            x = self._call_between(x, hooks, stop, _BLOCK_START)
-        return x
+                resid = self.model(prefix.tokens, stop_at_layer=stop)
+        if not self.is_bridge:  # the bridge has called these hooks
+            resid = self._call_between(resid, hooks, stop, _BLOCK_START)
+        return resid
 
     def run_with_logits(
         self, tokens: Int[Tensor, "batch pos"], hooks: Mapping[str, Hook]
@@ -178,9 +196,6 @@ class HookedModel:
         n_heads = self.model.cfg.n_heads
         # Attention patterns have a head dimension where others have the position.
         n_pos = 2 if n_heads != 2 else 3
-        tokens = torch.zeros(
-            1, n_pos, dtype=torch.long, device=next(self.model.parameters()).device
-        )
         shapes: dict[str, tuple[int, ...]] = {}
 
         def note_shape(name: str) -> Hook:
@@ -189,7 +204,7 @@ class HookedModel:
         hooks = {name: note_shape(name) for name in names}
         try:
             with torch.no_grad():
-                self.run_with_logits(tokens, hooks)
+                self.run_with_logits(self._some_tokens(n_pos), hooks)
         except ValueError as error:
             # TransformerLens refuses hook points that a switch of the model turns off.
             raise UserError(f"{setting}: {error}") from None
@@ -217,10 +232,10 @@ class HookedModel:
             fwd_hooks=[(name, _as_tlens_hook(hook)) for name, hook in hooks.items()]
         )
 
-    def _run_bridge(self, tokens: Tensor, hooks: Mapping[str, Hook], stop: int) -> Tensor:
-        if stop < self.n_blocks:
+    def _run_to_final_norm(self, tokens: Tensor, hooks: Mapping[str, Hook]) -> Tensor:
+        if not self.is_bridge:
             with self.hooked(hooks):
-                return self.model(tokens, stop_at_layer=stop)
+                return self.model(tokens, stop_at_layer=self.n_blocks)
 
         def leave(resid: Tensor) -> None:
             raise _ReachedFinalNorm(resid)
@@ -231,6 +246,38 @@ class HookedModel:
         except _ReachedFinalNorm as reached:
             return reached.resid
         raise AssertionError("the bridge ran without reaching its final norm")
+
+    @contextmanager
+    def _blocks_return(self, resid: Tensor, n: int) -> Iterator[None]:
+        """A context in which the first `n` blocks do nothing but return `resid`."""
+        resid = resid.clone()  # some Hugging Face models write to it in place
+        more = self._n_more_outputs
+        output = resid if more is None else (resid, *more * [None])
+        blocks = self.model.blocks[:n]
+        for block in blocks:
+            vars(block)["forward"] = lambda *_, **__: output
+        try:
+            yield
+        finally:
+            for block in blocks:
+                del vars(block)["forward"]
+
+    def _count_more_outputs(self) -> int | None:
+        """How many things a block returns after the residual stream. None: it is no tuple."""
+        outputs: list[object] = []
+        block = self.model.blocks[0]
+        handle = block.register_forward_hook(lambda *call: outputs.append(call[-1]))
+        try:
+            with torch.no_grad():
+                self.model(self._some_tokens(1))
+        finally:
+            handle.remove()
+        (output,) = outputs
+        return len(output) - 1 if isinstance(output, tuple) else None
+
+    def _some_tokens(self, n_pos: int) -> Tensor:
+        device = next(self.model.parameters()).device
+        return torch.zeros(1, n_pos, dtype=torch.long, device=device)
 
     def _call_between(
         self, resid: Tensor, hooks: Mapping[str, Hook], block: int, names: tuple[str, ...]

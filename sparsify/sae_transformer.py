@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparsify.base_config import UserError
 from sparsify.forward_plan import ForwardPlan
-from sparsify.hooked_model import Hook, HookedModel, TLensModel
+from sparsify.hooked_model import Hook, HookedModel, Prefix, TLensModel
 from sparsify.runs import Runs
 from sparsify.saes.acts import CacheActs, SAEActs
 from sparsify.saes.base import SAE
@@ -111,7 +111,7 @@ class SAETransformer(nn.Module):
         else:
             stops = map(self.hooked_model.stop_block, positions)
             self.hooked_model.run(
-                tokens, hooks, 0, max(stops) if final_layer is None else final_layer
+                Prefix(tokens), hooks, max(stops) if final_layer is None else final_layer
             )
         if final_layer is None:
             _check_fired(positions, acts)
@@ -153,20 +153,19 @@ class SAETransformer(nn.Module):
     def run(self, tokens: Int[Tensor, "batch pos"], plan: ForwardPlan) -> Runs:
         """Both runs of a training step, as far as `plan` says; gradients reach the SAEs alone."""
         model = self.hooked_model
-        start = plan.start if model.can_start_at_block else 0
         orig_acts: dict[str, Tensor] = {}
         new_acts: Acts = {}
         with torch.no_grad():
-            split = model.run(tokens, {}, 0, start) if start > 0 else tokens
+            prefix = model.prefix(tokens, plan.start)
             raw_hooks = keep_hooks(plan.raw_positions, orig_acts)
             has_raw = bool(plan.raw_positions) or plan.needs_logits
-            orig_resid = model.run(split, raw_hooks, start, plan.raw_stop) if has_raw else None
+            orig_resid = model.run(prefix, raw_hooks, plan.raw_stop) if has_raw else None
         orig_acts = {position: act.flatten(start_dim=2) for position, act in orig_acts.items()}
         if plan.is_local:
             _, new_acts = self.forward(None, plan.sae_positions, orig_acts=orig_acts)
             return Runs(orig_acts, new_acts, None, None, None)
         hooks = self._splice_hooks(plan.sae_positions, plan.spliced_positions, new_acts)
-        new_resid = model.run(split, hooks, start, plan.spliced_stop)
+        new_resid = model.run(prefix, hooks, plan.spliced_stop)
         if not plan.needs_logits:
             return Runs(orig_acts, new_acts, None, None, None)
         return Runs(orig_acts, new_acts, orig_resid, new_resid, model.unembed)

@@ -136,45 +136,44 @@ def test_plan_gives_the_loss_and_gradients_of_two_whole_runs(
     assert all(p.grad is None for p in model.tlens_model.parameters())
 
 
-# How often the three blocks run. A HookedTransformer shares the blocks before the first SAE, a
-# bridge begins twice with the tokens, unless there is no spliced run.
+# How often the three blocks run.
 COUNTS = [
     # Nothing behind the SAE: block 0 makes what it reads.
-    (RESID, LOCAL, [1, 0, 0], [1, 0, 0]),
+    (RESID, LOCAL, [1, 0, 0]),
     # The spliced run ends where it begins.
-    (RESID, OUT_TO_ORIG, [1, 0, 0], [2, 0, 0]),
+    (RESID, OUT_TO_ORIG, [1, 0, 0]),
     # Block 0 is shared, the others run raw and spliced.
-    (RESID, E2E, [1, 2, 2], [2, 2, 2]),
-    (RESID, {**E2E, **END}, [1, 2, 2], [2, 2, 2]),
+    (RESID, E2E, [1, 2, 2]),
+    (RESID, {**E2E, **END}, [1, 2, 2]),
     # Both runs stop at the hook point: before block 2, inside block 1, inside block 2.
-    (RESID, {**LOCAL, **downstream("blocks.2.hook_resid_pre")}, [1, 2, 0], [2, 2, 0]),
-    (RESID, {**LOCAL, **downstream("blocks.1.hook_mlp_out")}, [1, 2, 0], [2, 2, 0]),
-    (RESID, {**LOCAL, **downstream("blocks.2.attn.hook_z")}, [1, 2, 2], [2, 2, 2]),
+    (RESID, {**LOCAL, **downstream("blocks.2.hook_resid_pre")}, [1, 2, 0]),
+    (RESID, {**LOCAL, **downstream("blocks.1.hook_mlp_out")}, [1, 2, 0]),
+    (RESID, {**LOCAL, **downstream("blocks.2.attn.hook_z")}, [1, 2, 2]),
     # An SAE inside block 1: the block has to run for it, once, or raw and spliced.
-    (MLP, LOCAL, [1, 1, 0], [1, 1, 0]),
-    (MLP, OUT_TO_ORIG, [1, 2, 0], [2, 2, 0]),
-    (MLP, E2E, [1, 2, 2], [2, 2, 2]),
-    (MLP, {**LOCAL, **downstream("blocks.1.hook_resid_post")}, [1, 2, 0], [2, 2, 0]),
+    (MLP, LOCAL, [1, 1, 0]),
+    (MLP, OUT_TO_ORIG, [1, 2, 0]),
+    (MLP, E2E, [1, 2, 2]),
+    (MLP, {**LOCAL, **downstream("blocks.1.hook_resid_post")}, [1, 2, 0]),
     # At the ends of the model: nothing, or everything, is shared.
-    (["hook_embed"], LOCAL, [0, 0, 0], [0, 0, 0]),
-    (["hook_embed"], E2E, [2, 2, 2], [2, 2, 2]),
-    (["blocks.0.hook_resid_pre"], LOCAL, [0, 0, 0], [0, 0, 0]),
-    (["blocks.0.hook_resid_pre"], E2E, [2, 2, 2], [2, 2, 2]),
-    (["blocks.0.hook_resid_post"], LOCAL, [1, 0, 0], [1, 0, 0]),
-    (["blocks.2.hook_resid_post"], LOCAL, [1, 1, 1], [1, 1, 1]),
-    (["blocks.2.hook_resid_post"], E2E, [1, 1, 1], [2, 2, 2]),
+    (["hook_embed"], LOCAL, [0, 0, 0]),
+    (["hook_embed"], E2E, [2, 2, 2]),
+    (["blocks.0.hook_resid_pre"], LOCAL, [0, 0, 0]),
+    (["blocks.0.hook_resid_pre"], E2E, [2, 2, 2]),
+    (["blocks.0.hook_resid_post"], LOCAL, [1, 0, 0]),
+    (["blocks.2.hook_resid_post"], LOCAL, [1, 1, 1]),
+    (["blocks.2.hook_resid_post"], E2E, [1, 1, 1]),
     # Three: from the first (block 1) to the last (before block 2).
-    (THREE, LOCAL, [1, 1, 0], [1, 1, 0]),
-    (THREE, OUT_TO_ORIG, [1, 2, 0], [2, 2, 0]),
-    (THREE, E2E, [1, 2, 2], [2, 2, 2]),
-    (THREE, {**LOCAL, **downstream("blocks.2.hook_resid_pre")}, [1, 2, 0], [2, 2, 0]),
-    (THREE, {**LOCAL, **downstream("blocks.2.hook_resid_mid")}, [1, 2, 2], [2, 2, 2]),
+    (THREE, LOCAL, [1, 1, 0]),
+    (THREE, OUT_TO_ORIG, [1, 2, 0]),
+    (THREE, E2E, [1, 2, 2]),
+    (THREE, {**LOCAL, **downstream("blocks.2.hook_resid_pre")}, [1, 2, 0]),
+    (THREE, {**LOCAL, **downstream("blocks.2.hook_resid_mid")}, [1, 2, 2]),
 ]
 
 
 @contextmanager
 def counted(model: Any) -> Iterator[tuple[list[int], list[str]]]:
-    """Calls of each block, and the names of what is called behind the blocks."""
+    """Calls of each block's parts, and the names of what is called behind the blocks."""
     blocks, ends = [0] * len(model.blocks), []
     handles = []
     for index, block in enumerate(model.blocks):
@@ -182,7 +181,7 @@ def counted(model: Any) -> Iterator[tuple[list[int], list[str]]]:
         def count(*_: object, index: int = index) -> None:
             blocks[index] += 1
 
-        handles.append(block.register_forward_hook(count))
+        handles.append(block.attn.register_forward_hook(count))
     for name in ("ln_final", "unembed"):
         module = getattr(model, name)
         handles.append(module.register_forward_hook(lambda *_, name=name: ends.append(name)))
@@ -192,13 +191,12 @@ def counted(model: Any) -> Iterator[tuple[list[int], list[str]]]:
 
 
 @pytest.mark.parametrize("kind", ["tiny_model", "tiny_bridge"])
-@pytest.mark.parametrize(("positions", "mix", "shared", "whole"), COUNTS)
+@pytest.mark.parametrize(("positions", "mix", "counts"), COUNTS)
 def test_nothing_runs_that_no_term_needs(
     kind: str,
     positions: list[str],
     mix: dict[str, Any],
-    shared: list[int],
-    whole: list[int],
+    counts: list[int],
     tokens: Tensor,
     request: pytest.FixtureRequest,
 ):
@@ -207,11 +205,11 @@ def test_nothing_runs_that_no_term_needs(
     plan = derive_plan(model.hooked_model, model.raw_sae_positions, losses)
     with counted(model.tlens_model) as (blocks, ends):
         runs = model.run(tokens, plan)
-        assert blocks == (shared if model.hooked_model.can_start_at_block else whole)
+        assert blocks == counts
         assert ends == []
         loss, _ = total_loss(losses, runs)
         loss.backward()
-        assert blocks == (shared if model.hooked_model.can_start_at_block else whole)
+        assert blocks == counts
         assert bool(ends) == (losses.logits_kl is not None)
 
 

@@ -1,13 +1,15 @@
 import re
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
 from sparsify.base_config import UserError
-from sparsify.hooked_model import HookedModel
+from sparsify.data.tokenizers import load_tokenizer, train_tokenizer
+from sparsify.hooked_model import TLENS_HAS_HOOKED_TRANSFORMER, HookedModel, Prefix
 
 pytestmark = pytest.mark.model
 
@@ -190,12 +192,12 @@ def test_run_returns_the_residual_stream_where_it_stops(
     seen: list[Tensor] = []
     with torch.no_grad():
         model.run_with_logits(tokens, {name: seen.append})
-        assert torch.equal(model.run(tokens, {}, 0, stop), seen[0])
+        assert torch.equal(model.run(Prefix(tokens), {}, stop), seen[0])
 
 
 def test_unembedded_final_residual_is_the_logits(model: HookedModel, tokens: Tensor):
     with torch.no_grad():
-        logits = model.unembed(model.run(tokens, {}, 0, 3))
+        logits = model.unembed(model.run(Prefix(tokens), {}, 3))
         torch.testing.assert_close(logits, model.model(tokens), rtol=1e-5, atol=1e-5)
 
 
@@ -214,11 +216,9 @@ def test_unembedding_takes_any_leading_dimensions(model: HookedModel, soft_cap: 
 def test_run_in_two_parts_is_the_whole_run(
     model: HookedModel, tokens: Tensor, start: int, stop: int
 ):
-    if not model.can_start_at_block:
-        pytest.skip("the bridge cannot start at a block")
     with torch.no_grad():
-        split = model.run(tokens, {}, 0, start)
-        assert torch.equal(model.run(split, {}, start, stop), model.run(tokens, {}, 0, stop))
+        prefix = model.prefix(tokens, start)
+        assert torch.equal(model.run(prefix, {}, stop), model.run(Prefix(tokens), {}, stop))
 
 
 @pytest.mark.parametrize("name", BETWEEN)
@@ -226,8 +226,6 @@ def test_run_in_two_parts_is_the_whole_run(
 def test_hook_between_blocks_is_called_once_and_replaces(
     model: HookedModel, tokens: Tensor, name: str, start: int, stop: int
 ):
-    if start > 0 and not model.can_start_at_block:
-        pytest.skip("the bridge cannot start at a block")
     calls: list[int] = []
 
     def double(act: Tensor) -> Tensor:
@@ -235,10 +233,9 @@ def test_hook_between_blocks_is_called_once_and_replaces(
         return 2 * act
 
     with torch.no_grad():
-        split = model.run(tokens, {}, 0, start) if start else tokens
-        result = model.run(split, {name: double}, start, stop)
+        result = model.run(model.prefix(tokens, start), {name: double}, stop)
         if stop == 1:  # between the blocks, behind both hook points
-            expected = 2 * model.run(tokens, {}, 0, 1)
+            expected = 2 * model.run(Prefix(tokens), {}, 1)
         else:
             last = "blocks.2.hook_resid_post" if stop == 3 else f"blocks.{stop}.hook_resid_pre"
             seen: list[Tensor] = []
@@ -246,6 +243,77 @@ def test_hook_between_blocks_is_called_once_and_replaces(
             (expected,) = seen
     assert torch.equal(result, expected)
     assert calls == [1]
+
+
+HUGGING_FACE: dict[str, dict[str, Any]] = {
+    "GPT2LMHeadModel": {"n_embd": 16, "n_layer": 3, "n_head": 2},
+    "LlamaForCausalLM": {"num_key_value_heads": 1},
+    "GPTNeoXForCausalLM": {"use_parallel_residual": True},
+    "Gemma2ForCausalLM": {"head_dim": 8, "num_key_value_heads": 1, "sliding_window": 4},
+}
+
+
+def hugging_face_bridge(architecture: str) -> HookedModel:
+    import transformers
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    sizes |= {"vocab_size": 64, "intermediate_size": 24, "max_position_embeddings": 16}
+    if architecture == "GPT2LMHeadModel":
+        sizes = {"vocab_size": 64, "n_positions": 16}
+    model_class = getattr(transformers, architecture)
+    config = model_class.config_class(**sizes, **HUGGING_FACE[architecture])
+    config._attn_implementation = "eager"
+    model = model_class(config).eval()
+    return HookedModel(build_bridge_from_module(model, architecture, hf_config=config))
+
+
+@pytest.mark.parametrize("architecture", HUGGING_FACE)
+@pytest.mark.parametrize("stop", [2, 3])
+def test_run_in_two_parts_is_the_whole_run_of_hugging_face_models(
+    architecture: str, stop: int, tokens: Tensor
+):
+    model = hugging_face_bridge(architecture)
+    scale = torch.tensor(1.5, requires_grad=True)
+    hooks = {"blocks.1.hook_resid_pre": lambda act: scale * act}
+    with torch.no_grad():
+        prefix = model.prefix(tokens, 1)
+        model.run(prefix, {"blocks.1.hook_resid_pre": torch.zeros_like}, stop)
+    results, grads = [], []
+    for begin in (prefix, Prefix(tokens)):
+        result = model.run(begin, hooks, stop)
+        results.append(result)
+        grads += torch.autograd.grad(result.square().sum(), scale)
+    assert torch.equal(*results)
+    assert torch.equal(*grads)
+    assert grads[0] != 0
+
+
+@pytest.mark.skipif(not TLENS_HAS_HOOKED_TRANSFORMER, reason="no HookedTransformer in 4.x")
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_run_in_two_parts_keeps_what_a_block_is_told_besides(
+    padding_side: Literal["left", "right"], tmp_path: Path
+):
+    """Position embeddings that attention adds, and the mask of padded positions."""
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    sizes: dict[str, Any] = {"n_layers": 2, "d_model": 8, "n_heads": 2, "d_head": 4}
+    config = HookedTransformerConfig(
+        **sizes,
+        n_ctx=8,
+        d_vocab=270,
+        attn_only=True,
+        positional_embedding_type="shortformer",
+        seed=0,
+    )
+    train_tokenizer(["def f():\n    return 1\n"] * 4, vocab_size=262).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    hooked = HookedTransformer(config, tokenizer=tokenizer, default_padding_side=padding_side)
+    model = HookedModel(hooked)
+    tokens = hooked.to_tokens(["def", "def f(): return 1"], prepend_bos=True)[:, :8]
+    with torch.no_grad():
+        whole = model.run(Prefix(tokens), {}, 2)
+        assert torch.equal(model.run(model.prefix(tokens, 1), {}, 2), whole)
 
 
 def n_calls(module: torch.nn.Module) -> tuple[list[int], Callable[[], None]]:
@@ -256,7 +324,7 @@ def n_calls(module: torch.nn.Module) -> tuple[list[int], Callable[[], None]]:
 
 def test_run_makes_no_logits(model: HookedModel, tokens: Tensor):
     calls, remove = n_calls(model.model.unembed)
-    model.run(tokens, {}, 0, 3)
+    model.run(Prefix(tokens), {}, 3)
     assert calls == []
     model.run_with_logits(tokens, {})
     assert calls == [1]
@@ -267,9 +335,9 @@ def test_run_makes_no_logits(model: HookedModel, tokens: Tensor):
 def test_no_hook_stays_behind_a_run(model: HookedModel, tokens: Tensor, stop: int):
     name = "blocks.0.hook_mlp_out"
     n_before = n_hooks(model)
-    model.run(tokens, {name: torch.zeros_like}, 0, stop)
+    model.run(Prefix(tokens), {name: torch.zeros_like}, stop)
     with pytest.raises(RuntimeError, match="out of memory"):
-        model.run(tokens, {name: fail}, 0, stop)
+        model.run(Prefix(tokens), {name: fail}, stop)
     with pytest.raises(RuntimeError, match="out of memory"):
         model.run_with_logits(tokens, {name: fail})
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -281,6 +349,6 @@ def test_no_hook_stays_behind_a_run(model: HookedModel, tokens: Tensor, stop: in
 def test_hooks_of_others_stay(model: HookedModel, tokens: Tensor):
     seen: list[Tensor] = []
     model.model.add_hook("blocks.0.hook_mlp_out", lambda act, hook: seen.append(act))
-    model.run(tokens, {"blocks.0.hook_mlp_out": torch.zeros_like}, 0, 1)
-    model.run(tokens, {}, 0, 1)
+    model.run(Prefix(tokens), {"blocks.0.hook_mlp_out": torch.zeros_like}, 1)
+    model.run(Prefix(tokens), {}, 1)
     assert len(seen) == 2

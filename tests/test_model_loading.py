@@ -8,7 +8,7 @@ from torch import Tensor
 from sparsify.architecture import Architecture
 from sparsify.base_config import UserError
 from sparsify.data.tokenizers import load_tokenizer, train_tokenizer
-from sparsify.hooked_model import HookedModel
+from sparsify.hooked_model import HookedModel, Prefix
 from sparsify.model_loading import Processing, build_bridge, load_hooked_model
 from sparsify.native_model import TrainableModel, load_native_model, save_language_model
 
@@ -59,7 +59,7 @@ def test_processing_changes_activations(kind: str, tokens: Tensor, tmp_path: Pat
     resid = {}
     for processing in ("raw", "folded"):
         model = HookedModel(load(tmp_path, kind, processing))
-        resid[processing] = model.run(tokens, {}, 0, 1).detach()
+        resid[processing] = model.run(Prefix(tokens), {}, 1).detach()
     first, *_ = trained.native.layers
     expected = first(trained.native.tok_embed(tokens))[0].detach()
     torch.testing.assert_close(resid["raw"], expected, rtol=1e-4, atol=1e-4)

@@ -108,11 +108,11 @@ def _collect_means(
             )
         n_tokens += tokens.numel()
         with torch.inference_mode():
-            split = runs.shared_prefix(tokens.to(device))
-            runs.suffix(split, raw.hooks(runs.positions), runs.last_sae_stop)
+            prefix = runs.shared_prefix(tokens.to(device))
+            runs.suffix(prefix, raw.hooks(runs.positions), runs.last_sae_stop)
             if len(runs.positions) > 1:  # a single SAE reads the raw activation
                 hooks = runs.splice_hooks(lambda position, acts: read.add(position, acts.input))
-                runs.suffix(split, hooks, runs.last_sae_stop)
+                runs.suffix(prefix, hooks, runs.last_sae_stop)
     if n_tokens == 0:
         raise ValueError("batches: hold no tokens; give at least one batch")
     raw_means = raw.means(n_tokens, device)
@@ -148,12 +148,12 @@ class _Measurement:
 
         with torch.inference_mode():
             on_device = tokens.to(self.device)
-            split = self.runs.shared_prefix(on_device)
+            prefix = self.runs.shared_prefix(on_device)
             resids = {
-                "raw": self.runs.suffix(split, {}),
-                "spliced": self.runs.suffix(split, self.runs.splice_hooks(observe)),
-                "zero_ablated": self.runs.suffix(split, constant_hooks(self.means.zeros)),
-                "mean_ablated": self.runs.suffix(split, constant_hooks(self.means.raw)),
+                "raw": self.runs.suffix(prefix, {}),
+                "spliced": self.runs.suffix(prefix, self.runs.splice_hooks(observe)),
+                "zero_ablated": self.runs.suffix(prefix, constant_hooks(self.means.zeros)),
+                "mean_ablated": self.runs.suffix(prefix, constant_hooks(self.means.raw)),
             }
             unembed = self.runs.model.unembed
             of_logits = prediction_sums(resids, on_device, unembed, self.chunk_size)

@@ -10,47 +10,33 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparsify.hooked_model import Hook
+from sparsify.hooked_model import Hook, Prefix
 from sparsify.sae_transformer import SAETransformer
 
 
 class ForkedRuns:
-    """Runs what comes before the first SAE once, and the rest as often as is asked for.
-
-    Where the model cannot start at a block, every run begins with the tokens.
-    """
+    """Runs what comes before the first SAE once, and the rest as often as is asked for."""
 
     def __init__(self, model: SAETransformer) -> None:
         self.saes = model.saes
         self.splice_hooks = partial(model.splice_hooks, model.raw_sae_positions)
         self.positions = model.raw_sae_positions
         self.model = model.hooked_model
-        can_share = self.model.can_start_at_block
-        self.start = min(map(self.model.first_block, self.positions)) if can_share else 0
+        self.start = min(map(self.model.first_block, self.positions))
         self.last_sae_stop = max(map(self.model.stop_block, self.positions))
 
-    def shared_prefix(
-        self, tokens: Int[Tensor, "batch pos"]
-    ) -> Float[Tensor, "batch pos d_model"] | Int[Tensor, "batch pos"]:
-        """What all runs begin with: the residual stream at the first SAE's block, or the tokens."""
-        return self.model.run(tokens, {}, 0, self.start) if self.start > 0 else tokens
+    def shared_prefix(self, tokens: Int[Tensor, "batch pos"]) -> Prefix:
+        """What all runs begin with."""
+        return self.model.prefix(tokens, self.start)
 
     def suffix(
-        self,
-        split: Float[Tensor, "batch pos d_model"] | Int[Tensor, "batch pos"],
-        hooks: Mapping[str, Hook],
-        stop: int | None = None,
+        self, prefix: Prefix, hooks: Mapping[str, Hook], stop: int | None = None
     ) -> Float[Tensor, "batch pos d_model"]:
-        """One run on from the shared prefix.
+        """One run on from the shared prefix, with hooks by hook point.
 
-        Args:
-            split: The shared prefix.
-            hooks: By hook point.
-            stop: Block before which to stop. None runs all, to the final residual stream.
+        `stop` is the block before which to stop. None runs all, to the final residual stream.
         """
-        # Some Hugging Face models write to the residual stream in place, and others need it too.
-        stop = self.model.n_blocks if stop is None else stop
-        return self.model.run(split.clone(), hooks, self.start, stop)
+        return self.model.run(prefix, hooks, self.model.n_blocks if stop is None else stop)
 
 
 def constant_hooks(vectors: Mapping[str, Float[Tensor, " d_act"]]) -> dict[str, Hook]:

@@ -236,8 +236,6 @@ def test_logits_exist_for_a_chunk_at_a_time(
 
 def test_blocks_before_the_first_sae_run_once_in_each_pass(tiny_model: Any, tokens: Tensor):
     model = build(tiny_model, ["blocks.1.hook_mlp_out"])
-    if model.hooked_model.is_bridge:
-        pytest.skip("the bridge runs the blocks before the one it starts at, and discards them")
     calls = [0, 0, 0]
     handles = []
     for index, block in enumerate(tiny_model.blocks):
@@ -245,7 +243,7 @@ def test_blocks_before_the_first_sae_run_once_in_each_pass(tiny_model: Any, toke
         def count(*_: object, index: int = index) -> None:
             calls[index] += 1
 
-        handles.append(block.register_forward_hook(count))
+        handles.append(block.attn.register_forward_hook(count))
     evaluate(model, [tokens])
     for handle in handles:
         handle.remove()
