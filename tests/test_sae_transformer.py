@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+from example_saes import FailingSAE, IdentitySAE
 from torch import Tensor
 
 from sparsify import SAETransformer
@@ -35,29 +36,6 @@ E2E = LossConfig.model_validate(
     }
 )
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "stop_at_eos": False}
-
-
-class IdentitySAE(SAE):
-    """Writes what it reads."""
-
-    def __init__(self, d_act: int) -> None:
-        super().__init__(d_act, 2 * d_act)
-
-    def encode(self, input: Tensor) -> Tensor:
-        return torch.cat([input.relu(), (-input).relu()], dim=-1)
-
-    def decode(self, c: Tensor) -> Tensor:
-        positive, negative = c.chunk(2, dim=-1)
-        return positive - negative
-
-    @property
-    def dict_elements(self) -> Tensor:
-        return torch.cat([torch.eye(self.d_act), -torch.eye(self.d_act)])
-
-
-class FailingSAE(IdentitySAE):
-    def encode(self, input: Tensor) -> Tensor:
-        raise RuntimeError("out of memory")
 
 
 @pytest.fixture(params=["tiny_model", "tiny_bridge"])

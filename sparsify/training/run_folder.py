@@ -70,7 +70,10 @@ def replace_atomically(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors leaves its files to their owner alone
         _flush_to_disk(temporary)
         temporary.replace(path)
     finally:

@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+from example_saes import FailingSAE, IdentitySAE
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,25 +20,7 @@ SITES = [RESID, ["blocks.0.hook_resid_pre"], ["blocks.2.hook_resid_post"], ["blo
 SEVERAL = ["blocks.1.attn.hook_z", "blocks.1.hook_mlp_out", "blocks.2.hook_resid_pre"]
 
 
-class CopySAE(SAE):
-    """Returns its input, from a code that is not negative."""
-
-    def __init__(self, d_act: int) -> None:
-        super().__init__(d_act, 2 * d_act)
-
-    def encode(self, input: Tensor) -> Tensor:
-        return torch.cat([input.relu(), (-input).relu()], dim=-1)
-
-    def decode(self, c: Tensor) -> Tensor:
-        positive, negative = c.chunk(2, dim=-1)
-        return positive - negative
-
-    @property
-    def dict_elements(self) -> Tensor:
-        return torch.cat([torch.eye(self.d_act), -torch.eye(self.d_act)])
-
-
-class ConstantSAE(CopySAE):
+class ConstantSAE(IdentitySAE):
     """Writes the same for every token, whatever it reads."""
 
     def __init__(self, vector: Tensor) -> None:
@@ -49,11 +32,6 @@ class ConstantSAE(CopySAE):
 
     def decode(self, c: Tensor) -> Tensor:
         return super().decode(c) + self.vector
-
-
-class FailingSAE(CopySAE):
-    def encode(self, input: Tensor) -> Tensor:
-        raise RuntimeError("out of memory")
 
 
 def put_saes(model: SAETransformer, make: Callable[[str, int], SAE]) -> None:
@@ -84,7 +62,7 @@ def test_an_sae_that_returns_its_input_loses_nothing(
     tiny_model: Any, tokens: Tensor, positions: list[str]
 ):
     model = build(tiny_model, positions)
-    put_saes(model, lambda _, d_act: CopySAE(d_act))
+    put_saes(model, lambda _, d_act: IdentitySAE(d_act))
     result = evaluate(model, [tokens])
     assert result.ce_loss_increase == pytest.approx(0, abs=1e-6)
     assert result.logits_kl == pytest.approx(0, abs=1e-6)

@@ -129,3 +129,9 @@ def test_state_that_could_not_be_loaded_is_refused_when_saved(tmp_path: Path):
     with pytest.raises(TypeError, match="could not be loaded again"):
         save_training_state(tmp_path, 16, {"path": tmp_path})
     assert load_training_state(tmp_path) == (8, {"n": 8})
+
+
+def test_weights_may_be_read_by_whoever_may_read_other_files(tmp_path: Path):
+    (tmp_path / "other").touch()
+    path = save_weights(tmp_path, {"a": torch.ones(2)}, 4)
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
