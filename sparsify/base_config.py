@@ -91,7 +91,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or no such date
         raise UserError(f"{path}: is not valid YAML; mend this: {error}") from None
     if not isinstance(content, dict):
         kind = "nothing" if content is None else type(content).__name__

@@ -77,6 +77,15 @@ class HookedModel:
                     f"{setting}: the model has no hook point {nearest(name, self.hook_names)}"
                 )
 
+    def check_length(self, n_pos: int) -> None:
+        """Raise a `UserError` if a sequence is longer than the model's context."""
+        n_ctx = self.model.cfg.n_ctx
+        if n_pos > n_ctx:
+            raise UserError(
+                f"tokens: a sequence of {n_pos} does not fit into the model's context of {n_ctx}; "
+                "give shorter ones"
+            )
+
     def matching_hook_names(self, patterns: Iterable[str], setting: str) -> list[str]:
         """The hook points that each pattern means: a full name, or a run of dotted parts.
 
@@ -161,7 +170,10 @@ class HookedModel:
         **kwargs: Any,  # what the model's `generate` takes
     ) -> str | Int[Tensor, "batch new_pos"]:
         """The model's own `generate`, without its progress bar."""
-        kwargs = {"verbose": False, **kwargs}
+        kwargs = {"verbose": False, "max_new_tokens": 10, **kwargs}
+        prompt = self.model.to_tokens(input) if isinstance(input, str) else input
+        # The last token is written, but not read.
+        self.check_length(prompt.shape[-1] + kwargs["max_new_tokens"] - 1)
         if self.is_bridge:
             with self.hooked(hooks):
                 return self.model.generate(input, **kwargs)

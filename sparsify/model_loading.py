@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from sparsify.architecture import Architecture
-from sparsify.base_config import UserError
+from sparsify.base_config import UserError, nearest
 from sparsify.hooked_model import TLENS_HAS_HOOKED_TRANSFORMER, TLensModel
 
 if TYPE_CHECKING:
@@ -32,15 +32,30 @@ def load_hooked_model(
         processing: `folded`: layer norms are folded into the weights and the weights centred, as
             `HookedTransformer.from_pretrained` does by default. `raw`: the weights as they are. The
             two compute the same logits from different activations.
-        device: Where to put the model.
+        device: Where to put the model, `auto` for a GPU if there is one.
 
     Raises:
-        UserError: There is no such model or folder.
+        UserError: There is no such model, folder or device.
     """
+    device = resolve_device(device)
     folder = path or BUNDLED_MODELS.get(name or "")
     model = _load_folder(folder, processing) if folder else _load_by_name(str(name), processing)
     # Models are loaded on the CPU, and TransformerLens prints a line whenever one is moved.
     return model if device == "cpu" else model.to(device)
+
+
+def resolve_device(device: str) -> str:
+    """The device's name for torch; `auto` is a GPU if there is one.
+
+    Raises:
+        UserError: Torch does not see it.
+    """
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
+    if device == "auto":
+        return "cuda" if available["cuda"] else "cpu"
+    if not available.get(device.partition(":")[0], True):
+        raise UserError(f"device: torch sees no '{device}' on this machine; set it to auto")
+    return device
 
 
 def _load_folder(folder: Path, processing: Processing) -> TLensModel:
@@ -120,6 +135,7 @@ def _load_by_name(name: str, processing: Processing) -> TLensModel:
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
-            f"tlens_model_name: '{name}' cannot be loaded ({reason}); name one of "
-            f"{', '.join(BUNDLED_MODELS)}, which need no network, or one that TransformerLens knows"
+            f"tlens_model_name: cannot load {nearest(name, BUNDLED_MODELS)} ({reason}); "
+            f"name one of {', '.join(BUNDLED_MODELS)}, which need no network, or one that "
+            "TransformerLens knows"
         ) from error

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sparsify.base_config import UserError
+from sparsify.base_config import UserError, validate_config
 from sparsify.forward_plan import ForwardPlan
 from sparsify.hooked_model import Hook, HookedModel, Prefix, TLensModel
 from sparsify.runs import Runs
@@ -46,8 +46,8 @@ class SAETransformer(nn.Module):
 
     Args:
         tlens_model: `HookedTransformer` or `TransformerBridge`. Its parameters are frozen.
-        raw_sae_positions: Full names of the hook points that get an SAE. An activation with a
-            dimension for heads (`hook_z`) is flattened over heads.
+        raw_sae_positions: Full names of the hook points that get an SAE, or a single one. An
+            activation with a dimension for heads (`hook_z`) is flattened over heads.
         dict_size_to_input_ratio: Dictionary elements per dimension of the activation, for ReLU
             SAEs. None: `sae` is given.
         sae: Config of the SAEs, one for all positions. None: `dict_size_to_input_ratio` is given.
@@ -59,7 +59,7 @@ class SAETransformer(nn.Module):
     def __init__(
         self,
         tlens_model: TLensModel,
-        raw_sae_positions: Sequence[str],
+        raw_sae_positions: Sequence[str] | str,
         dict_size_to_input_ratio: float | None = None,
         *,
         sae: SAEConfig | None = None,
@@ -68,11 +68,12 @@ class SAETransformer(nn.Module):
         if (dict_size_to_input_ratio is None) == (sae is None):
             raise UserError("give either dict_size_to_input_ratio or sae, and not both")
         if dict_size_to_input_ratio is not None:
-            sae = ReLUSAEConfig(dict_size_to_input_ratio=dict_size_to_input_ratio)
+            sizes = {"dict_size_to_input_ratio": dict_size_to_input_ratio}
+            sae = validate_config(ReLUSAEConfig, sizes, "the SAE")
         assert sae is not None
         self.tlens_model: TLensModel = tlens_model.eval().requires_grad_(False)
         self.hooked_model = HookedModel(tlens_model)
-        shapes = self._act_shapes(list(raw_sae_positions))
+        shapes = self._act_shapes(_names(raw_sae_positions, []))
         self.raw_sae_positions = list(shapes)
         self.saes = SAEDict(
             {
@@ -87,7 +88,7 @@ class SAETransformer(nn.Module):
         tokens: Int[Tensor, "batch pos"],
         run_entire_model: bool = True,
         final_layer: int | None = None,
-        cache_positions: Sequence[str] | None = None,
+        cache_positions: Sequence[str] | str | None = None,
     ) -> tuple[Float[Tensor, "batch pos d_vocab"] | None, dict[str, Tensor]]:
         """Run the model as it was.
 
@@ -101,8 +102,9 @@ class SAETransformer(nn.Module):
         Returns:
             Logits, None if the run stopped before; the activation at each hook point.
         """
+        self.hooked_model.check_length(tokens.shape[-1])
         acts: dict[str, Tensor] = {}
-        positions = [*self.raw_sae_positions, *(cache_positions or [])]
+        positions = [*self.raw_sae_positions, *_names(cache_positions, [])]
         self.hooked_model.check_hook_names(positions, "cache_positions")
         hooks = keep_hooks(positions, acts)
         logits = None
@@ -120,8 +122,8 @@ class SAETransformer(nn.Module):
     def forward(
         self,
         tokens: Int[Tensor, "batch pos"] | None,
-        sae_positions: Sequence[str] | None = None,
-        cache_positions: Sequence[str] | None = None,
+        sae_positions: Sequence[str] | str | None = None,
+        cache_positions: Sequence[str] | str | None = None,
         orig_acts: Mapping[str, Tensor] | None = None,
     ) -> tuple[Float[Tensor, "batch pos d_vocab"] | None, Acts]:
         """Run the model with SAEs in place of activations.
@@ -137,17 +139,22 @@ class SAETransformer(nn.Module):
             Logits; by hook point, what each SAE read, its code and what it wrote, or the activation
             alone at `cache_positions`.
         """
-        positions = self.raw_sae_positions if sae_positions is None else list(sae_positions)
+        positions = _names(sae_positions, self.raw_sae_positions)
         self._check_have_saes(positions)
         if orig_acts is not None:
+            if missing := [name for name in positions if name not in orig_acts]:
+                raise UserError(f"orig_acts: has no activation for {', '.join(missing)}; give it")
             return None, {name: self.saes.read(name, orig_acts[name]) for name in positions}
         if tokens is None:
             raise ValueError("tokens may only be None if orig_acts is given")
-        self.hooked_model.check_hook_names(cache_positions or [], "cache_positions")
+        self.hooked_model.check_length(tokens.shape[-1])
+        others = _names(cache_positions, [])
+        self.hooked_model.check_hook_names(others, "cache_positions")
         acts: Acts = {}
-        hooks = self._splice_hooks(positions, cache_positions or [], acts)
-        logits = self.hooked_model.run_with_logits(tokens, hooks)
-        _check_fired(cache_positions or [], acts)
+        logits = self.hooked_model.run_with_logits(
+            tokens, self._splice_hooks(positions, others, acts)
+        )
+        _check_fired(others, acts)
         return logits, acts
 
     def run(self, tokens: Int[Tensor, "batch pos"], plan: ForwardPlan) -> Runs:
@@ -170,21 +177,22 @@ class SAETransformer(nn.Module):
             return Runs(orig_acts, new_acts, None, None, None)
         return Runs(orig_acts, new_acts, orig_resid, new_resid, model.unembed)
 
-    @torch.inference_mode()
+    # No inference mode: what a model extends or caches in a call must serve training too.
+    @torch.no_grad()
     def generate(
         self,
         input: str | Int[Tensor, "batch pos"],
-        sae_positions: Sequence[str] | Literal["all"] | None = "all",
+        sae_positions: Sequence[str] | str | None = "all",
         **kwargs: Any,  # what TransformerLens's generate takes
     ) -> str | Int[Tensor, "batch new_pos"]:
         """Continue a text or tokens, as TransformerLens's `generate` does.
 
         Args:
             input: Prompt.
-            sae_positions: Positions whose SAE takes part. None: the model as it was.
+            sae_positions: Positions whose SAE takes part, or "all". None: the model as it was.
             **kwargs: Passed on: `max_new_tokens`, `temperature`, `top_k`, `do_sample`, ...
         """
-        positions = self.raw_sae_positions if sae_positions == "all" else list(sae_positions or [])
+        positions = self.raw_sae_positions if sae_positions == "all" else _names(sae_positions, [])
         self._check_have_saes(positions)
         return self.hooked_model.generate(input, self._splice_hooks(positions, [], {}), **kwargs)
 
@@ -198,9 +206,9 @@ class SAETransformer(nn.Module):
         """Tokens of a text, with a BOS token where the model's tokenizer has one."""
         return self.tlens_model.to_tokens(text)
 
-    def to(self, *args: Any, **kwargs: Any) -> "SAETransformer":  # as nn.Module.to
-        """Move or cast the model and its SAEs, and tell the model's config."""
-        super().to(*args, **kwargs)
+    def _apply(self, *args: Any, **kwargs: Any) -> "SAETransformer":  # what nn.Module takes
+        # `to`, `cuda`, `double`, ... all move and cast by this method.
+        super()._apply(*args, **kwargs)
         parameter = next(self.tlens_model.parameters())
         # TransformerLens makes tokens and caches where its config says the model is.
         self.tlens_model.cfg.device = str(parameter.device)
@@ -212,7 +220,7 @@ class SAETransformer(nn.Module):
         """The model of a run folder, with its newest checkpoint, or of one checkpoint in it.
 
         Raises:
-            UserError: There is no run or no checkpoint, or they do not fit together.
+            UserError: There is no run, checkpoint or device, or they do not fit together.
         """
         from sparsify.saved_runs import load_run
 
@@ -274,6 +282,12 @@ class SAETransformer(nn.Module):
 
         hooks = {position: keep(position) for position in cache_positions}
         return hooks | self.splice_hooks(positions, acts.__setitem__)
+
+
+def _names(positions: Sequence[str] | str | None, default: list[str]) -> list[str]:
+    if positions is None:
+        return default
+    return [positions] if isinstance(positions, str) else list(positions)
 
 
 def keep_hooks(positions: Iterable[str], acts: dict[str, Tensor]) -> dict[str, Hook]:

@@ -11,7 +11,7 @@ from sparsify.hooked_model import HookedModel
 from sparsify.model_loading import BUNDLED_MODELS, load_hooked_model
 from sparsify.native_model import MODEL_FILE
 from sparsify.sae_transformer import SAETransformer
-from sparsify.training.checkpoints import latest_checkpoint, load_metadata, load_weights
+from sparsify.training.checkpoints import checkpoint_at, load_metadata, load_weights
 from sparsify.training.run_folder import CONFIG_FILE
 
 
@@ -30,17 +30,22 @@ def build_sae_transformer(config: SAETransformerConfig, device: str) -> SAETrans
         config.saes.sae_positions, "saes.sae_positions"
     )
     model = SAETransformer(tlens_model, positions, sae=config.saes.sae)
+    loaded_from: dict[str, Path] = {}
     for path in config.saes.pretrained_sae_paths or []:
-        loaded = load_saes(model, path, model_identity(config))
-        if not config.saes.retrain_saes:
-            for position in loaded:
-                model.saes.at(position).requires_grad_(False)
+        for position in load_saes(model, checkpoint_at(path), model_identity(config)):
+            other = loaded_from.setdefault(position, path)
+            if other != path:
+                raise UserError(
+                    f"saes.pretrained_sae_paths: '{other}' and '{path}' both have an SAE for "
+                    f"{position}; name one of them"
+                )
+            model.saes.at(position).requires_grad_(config.saes.retrain_saes)
     return model
 
 
 def load_run(path: Path, device: str) -> SAETransformer:
     """The model of a run folder at its newest checkpoint, or at the checkpoint that `path` is."""
-    checkpoint = path if path.is_file() else latest_checkpoint(path)
+    checkpoint = checkpoint_at(path)
     config_path = checkpoint.parent / CONFIG_FILE
     known = SAETransformerConfig.model_fields
     content = {key: value for key, value in read_yaml(config_path).items() if key in known}

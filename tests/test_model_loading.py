@@ -93,7 +93,7 @@ def test_folder_without_a_tokenizer_is_rejected(tmp_path: Path):
 
 @pytest.mark.parametrize("processing", ["folded", "raw"])
 def test_unknown_name_is_rejected(processing: Processing):
-    with pytest.raises(UserError, match=r"^tlens_model_name: 'no-such-model' cannot be loaded"):
+    with pytest.raises(UserError, match=r"^tlens_model_name: cannot load 'no-such-model'"):
         load_hooked_model("no-such-model", None, processing)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sparsify import SAETransformer
 from sparsify.base_config import UserError
+from sparsify.evaluation.evaluate import evaluate
 from sparsify.forward_plan import derive_plan
 from sparsify.losses import LossConfig, total_loss
 from sparsify.saes.acts import CacheActs, SAEActs
@@ -262,6 +263,8 @@ def test_moving_and_casting_tells_the_models_config(tlens_model: Any, tokens: Te
     assert tlens_model.cfg.dtype == torch.bfloat16
     logits, acts = model(tokens)
     assert logits.dtype == acts[ALL[0]].output.dtype == torch.bfloat16
+    model.double()  # no call of `to`
+    assert model(tokens)[0].dtype == tlens_model.cfg.dtype == torch.float64
     model.to("cpu", torch.float32)
     assert tlens_model.cfg.dtype == torch.float32
     assert str(tlens_model.cfg.device) == "cpu"
@@ -284,7 +287,38 @@ def test_saes_keep_their_precision_in_a_model_of_less(
     assert all(parameter.grad is not None for parameter in model.saes.parameters())
 
 
+def test_a_single_position_may_be_given_by_its_name(tlens_model: Any, tokens: Tensor):
+    (name,), other = RESID, "blocks.1.hook_mlp_out"
+    model = SAETransformer(tlens_model, name, dict_size_to_input_ratio=3.0)
+    assert model.raw_sae_positions == [name]
+    assert set(model(tokens, sae_positions=name, cache_positions=other)[1]) == {name, other}
+    assert set(model.forward_raw(tokens, cache_positions=other)[1]) == {name, other}
+    assert torch.equal(new_tokens(model, tokens, sae_positions=name), new_tokens(model, tokens))
+
+
 # Refusals
+
+
+def test_sequence_beyond_the_context_is_rejected_and_the_model_still_trains(tlens_model: Any):
+    model = build(tlens_model, ["hook_embed"])
+    long, message = torch.zeros(1, 17, dtype=torch.long), "a sequence of 17 does not fit"
+    calls: list[Callable[[], object]] = [
+        lambda: model(long),
+        lambda: model.forward_raw(long),
+        lambda: model.generate(long[:, :14], **GREEDY),  # 14 tokens and 3 of the 4 new ones
+        lambda: evaluate(model, [long]),
+    ]
+    for call in calls:
+        with pytest.raises(UserError, match=message):
+            call()
+    assert new_tokens(model, long[:, :13]).shape[-1] == 17
+    model(long[:, :16])[0].sum().backward()
+    assert all(parameter.grad is not None for parameter in model.saes.parameters())
+
+
+def test_missing_activation_is_rejected(tiny_model: Any):
+    with pytest.raises(UserError, match=r"orig_acts: has no activation for blocks\.1\.hook_resid"):
+        build(tiny_model, RESID)(None, orig_acts={})
 
 
 @pytest.mark.parametrize(
@@ -313,6 +347,8 @@ def test_size_is_given_once(tiny_model: Any):
     for ratio, config in ((None, None), (3.0, sae)):
         with pytest.raises(UserError, match="give either dict_size_to_input_ratio or sae"):
             SAETransformer(tiny_model, RESID, ratio, sae=config)
+    with pytest.raises(UserError, match="dict_size_to_input_ratio: Input should be greater than 0"):
+        SAETransformer(tiny_model, RESID, 0.0)
 
 
 def test_position_without_an_sae_is_rejected(tiny_model: Any, tokens: Tensor):

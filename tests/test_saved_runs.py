@@ -1,3 +1,4 @@
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,36 @@ def test_pretrained_saes_may_come_from_several_files(lm: Path, tmp_path: Path, t
     )
 
 
+def test_pretrained_saes_may_be_those_of_a_run(lm: Path, run_dir: Path, tokens: Tensor):
+    whole = build_sae_transformer(config_of(lm), "cpu")
+    save_checkpoint(run_dir / "samples_8.safetensors", whole, config_of(lm))
+    model = build_sae_transformer(config_of(lm, pretrained_sae_paths=run_dir), "cpu")
+    assert_same(model, whole, tokens)
+
+
 # Refusals
+
+
+def test_two_pretrained_saes_of_one_position_are_rejected(lm: Path, tmp_path: Path):
+    saved = build_sae_transformer(config_of(lm), "cpu")
+    paths = [
+        save_checkpoint(tmp_path / f"{name}.safetensors", saved, config_of(lm)) for name in "ab"
+    ]
+    message = f"'{paths[0]}' and '{paths[1]}' both have an SAE for {POSITIONS[0]}; name one"
+    with pytest.raises(UserError, match=re.escape(message)):
+        build_sae_transformer(config_of(lm, pretrained_sae_paths=paths), "cpu")
+
+
+def test_device_that_is_not_there_is_rejected(lm: Path, run_dir: Path):
+    save_checkpoint(
+        run_dir / "samples_8.safetensors",
+        build_sae_transformer(config_of(lm), "cpu"),
+        config_of(lm),
+    )
+    if torch.mps.is_available():
+        return
+    with pytest.raises(UserError, match="device: torch sees no 'mps' on this machine"):
+        SAETransformer.from_local_path(run_dir, device="mps")
 
 
 def test_checkpoint_of_another_model_is_rejected(
@@ -235,7 +265,7 @@ def test_empty_checkpoint_is_rejected(lm: Path, run_dir: Path):
 
 
 def test_folder_without_a_run_is_rejected(lm: Path, run_dir: Path, tmp_path: Path):
-    with pytest.raises(UserError, match="nowhere: there is no such folder"):
+    with pytest.raises(UserError, match="nowhere: there is no such file"):
         SAETransformer.from_local_path(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"holds no samples_\{N\}\.safetensors"):
         SAETransformer.from_local_path(run_dir)

@@ -64,7 +64,7 @@ def evaluate(
 
     Raises:
         ValueError: `batches` can be read only once, is empty or was not the same the second time,
-            or a sequence has no next token to predict.
+            or a sequence has no next token to predict, or more tokens than the model's context.
     """
     if isinstance(batches, Iterator):
         raise ValueError(
@@ -101,13 +101,19 @@ def _collect_means(
     raw, read = ActSums(), ActSums()
     n_tokens = 0
     for tokens in batches:
+        if tokens.ndim != 2:
+            raise ValueError(
+                f"batches: a batch of shape {tuple(tokens.shape)}; give a list of batches, each of "
+                "shape (batch, position)"
+            )
+        runs.model.check_length(tokens.shape[1])
         if tokens.shape[1] < 2:
             raise ValueError(
                 f"batches: a sequence of {tokens.shape[1]} tokens has no next token to predict; "
                 "give 2 tokens or more"
             )
         n_tokens += tokens.numel()
-        with torch.inference_mode():
+        with torch.no_grad():
             prefix = runs.shared_prefix(tokens.to(device))
             runs.suffix(prefix, raw.hooks(runs.positions), runs.last_sae_stop)
             if len(runs.positions) > 1:  # a single SAE reads the raw activation
@@ -146,7 +152,7 @@ class _Measurement:
             for name, value in sae_sums(acts, self.means.read[position]).items():
                 sums[name, position] = value
 
-        with torch.inference_mode():
+        with torch.no_grad():
             on_device = tokens.to(self.device)
             prefix = self.runs.shared_prefix(on_device)
             resids = {

@@ -18,15 +18,6 @@ NO_TARGET = -100
 """In place of the token that follows, where none does."""
 
 
-def l0(c: Float[Tensor, "*sample n_dict"]) -> Int[Tensor, "*sample"]:
-    """Number of dictionary elements that a token activates: entries of `c` that are not zero.
-
-    From 0 to `n_dict`; lower is sparser. Averaged over tokens it is the L0 of Braun et al. 2024
-    (arXiv:2405.12241).
-    """
-    return torch.count_nonzero(c, dim=-1)
-
-
 def l2_ratio(
     output: Float[Tensor, "*sample d_act"], input: Float[Tensor, "*sample d_act"]
 ) -> Float[Tensor, "*sample"]:

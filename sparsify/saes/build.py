@@ -9,9 +9,6 @@ from sparsify.saes.relu import ReLUSAE
 def build_sae(config: SAEConfig, d_act: int) -> SAE:
     """A new SAE, initialised from torch's global random state.
 
-    Under `torch.device("meta")` it has shapes only, which skips the costly initialisation of an
-    SAE whose weights are loaded next (with `load_state_dict(..., assign=True)`).
-
     Args:
         config: Kind and size.
         d_act: Width of the activation that the SAE reads.

@@ -87,6 +87,13 @@ def load_metadata(path: Path) -> dict[str, str]:
         raise _unreadable(path, error) from None
 
 
+def checkpoint_at(path: Path) -> Path:
+    """The newest checkpoint of the run folder that `path` is, else `path` itself."""
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file or folder; check the path")
+    return latest_checkpoint(path) if path.is_dir() else path
+
+
 def latest_checkpoint(run_dir: Path) -> Path:
     """The `samples_{N}` file of a run with the largest N, `.safetensors` before `.pt`.
 

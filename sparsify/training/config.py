@@ -1,17 +1,15 @@
 """Settings that every training script shares: how long, how fast, and what is kept of the run."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import (
-    Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from sparsify.base_config import BaseConfig
+from sparsify.training.run_folder import check_run_name
+
+PositiveFinite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 DEFAULT_MIN_LR_FACTOR = 0.1
 
@@ -29,7 +27,7 @@ class TrainingConfig(BaseConfig):
     effective_batch_size: PositiveInt | None = None
     """Samples in one optimizer step, a multiple of batch_size. null: batch_size."""
 
-    lr: PositiveFloat
+    lr: PositiveFinite
     """Learning rate at its highest."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"
     """What follows the warmup. cosine: half a cosine down to min_lr_factor. linear: constant,
@@ -41,7 +39,7 @@ class TrainingConfig(BaseConfig):
     cooldown_samples: NonNegativeInt | None = 0
     """Linear schedule only: samples at the end over which the learning rate falls towards 0, but
     not below min_lr_factor. null: from the end of the warmup."""
-    max_grad_norm: PositiveFloat | None = None
+    max_grad_norm: PositiveFinite | None = None
     """Gradients of a larger total norm are scaled down to it. null: never."""
 
     log_every_n_grad_steps: PositiveInt = 20
@@ -49,13 +47,13 @@ class TrainingConfig(BaseConfig):
     eval_every_n_samples: PositiveInt | None = None
     """Samples between two evaluations. null: only before and after training."""
     eval_n_samples: PositiveInt = 500
-    """Held-out samples in one evaluation, or as many as there are."""
+    """Held-out samples in one evaluation, or as many as there are, in whole batches."""
     save_every_n_samples: PositiveInt | None = None
     """Samples between two checkpoints. null: only after training."""
     save_dir: Path | None = Path("out")
     """Folder in which the run makes its own folder. null: the run writes no files."""
 
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seed of every random source that has none of its own."""
     wandb_project: str | None = None
     """Weights & Biases project. null: no tracking service."""
@@ -138,6 +136,11 @@ class TrainingConfig(BaseConfig):
                 f"min_lr_factor ({self.min_lr_factor}) is not used by lr_schedule 'constant'; "
                 "remove it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _run_name_names_a_folder(self) -> Self:
+        check_run_name(self.run_name("run"))
         return self
 
     @model_validator(mode="after")

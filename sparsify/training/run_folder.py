@@ -28,17 +28,22 @@ def check_save_dir(save_dir: Path) -> None:
         raise _cannot_write(save_dir, error) from None
 
 
+def check_run_name(run_name: str) -> None:
+    """Raise a `UserError` if `run_name` is not the name of a folder."""
+    if Path(run_name).name != run_name or "\\" in run_name or "\0" in run_name:
+        raise UserError(
+            f"wandb_run_name: the run's name {run_name!r} also names its folder, so it must have "
+            "no slash; change wandb_run_name or wandb_run_name_prefix"
+        )
+
+
 def create_run_folder(save_dir: Path, run_name: str) -> Path:
     """Make `{save_dir}/{run_name}_{date}_{time}`, a folder that was not there before.
 
     Raises:
         UserError: `run_name` is not the name of a folder, or `save_dir` cannot be written.
     """
-    if Path(run_name).name != run_name or "\\" in run_name or "\0" in run_name:
-        raise UserError(
-            f"wandb_run_name: the run's name {run_name!r} also names its folder, so it must have "
-            "no slash; change wandb_run_name or wandb_run_name_prefix"
-        )
+    check_run_name(run_name)
     check_save_dir(save_dir)
     base = f"{run_name}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
     n_taken = 0

@@ -192,7 +192,7 @@ def open_sinks(
             sinks.append(RunFolderSink(run_dir, metadata))
         if config.wandb_project is not None:
             sinks.append(WandbSink(config, run_name, run_dir))
-        sinks.append(TerminalSink(config.n_samples, n_ctx, start))
+        sinks.append(TerminalSink(config.n_samples, n_ctx, start, run_dir))
         yield CompositeSink(*sinks)
         has_failed = False
     finally:

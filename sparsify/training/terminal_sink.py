@@ -5,9 +5,12 @@ import re
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor
 from tqdm import tqdm
+
+from sparsify.training.checkpoints import weights_path
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -29,9 +32,13 @@ class TerminalSink:
         n_samples: Samples of the whole run.
         n_ctx: Tokens in a sample.
         start: Samples trained on before.
+        run_dir: Folder of the run. None: the run writes no files.
     """
 
-    def __init__(self, n_samples: int, n_ctx: int, start: int = 0) -> None:
+    def __init__(
+        self, n_samples: int, n_ctx: int, start: int = 0, run_dir: Path | None = None
+    ) -> None:
+        self.run_dir = run_dir
         self.n_samples = n_samples
         self.n_ctx = n_ctx
         self._bar = tqdm(
@@ -69,8 +76,9 @@ class TerminalSink:
         tqdm.write(text, file=sys.stderr)
 
     def save(self, weights: Mapping[str, Tensor], n_samples: int) -> None:
-        """Say so."""
-        self.console(f"saved the weights after {n_samples:,} samples")
+        """Say so, if the run writes files."""
+        if self.run_dir is not None:
+            self.console(f"saved {weights_path(self.run_dir, n_samples)}")
 
     def close(self, *, has_failed: bool = False) -> None:
         """Leave the progress bar as it stands."""

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from sparsify.evaluation.firing import FiringCounter
-from sparsify.evaluation.metrics import l0
 
 C = torch.tensor([[[0.5, 0.0, 0.0], [0.1, 0.0, -2.0]]])
 
@@ -17,13 +16,6 @@ def test_firings_by_hand():
     assert counter.n_tokens == 3
     assert counter.n_alive == 2
     assert counter.l0 == pytest.approx(4 / 3)  # 1 + 2 + 1 firings on 3 tokens
-
-
-def test_l0_is_the_mean_of_the_metric():
-    c = torch.randn(4, 5, 6).relu()
-    counter = FiringCounter(6)
-    counter.update(c)
-    assert counter.l0 == pytest.approx(l0(c).float().mean().item())
 
 
 def test_reset_forgets():

@@ -8,7 +8,6 @@ from sparsify.evaluation.metrics import (
     cross_entropy,
     explained_variance,
     kl_divergence,
-    l0,
     l2_ratio,
     recovered_fraction,
     squared_distance,
@@ -19,11 +18,6 @@ from sparsify.evaluation.metrics import (
 
 def log_probs(*rows: list[float]) -> torch.Tensor:
     return torch.tensor(rows).log()
-
-
-def test_l0_counts_entries_that_are_not_zero():
-    c = torch.tensor([[[0.0, 2.0, -1.0], [0.0, 0.0, 0.0]]])
-    assert l0(c).tolist() == [[2, 0]]
 
 
 def test_l2_ratio_by_hand():

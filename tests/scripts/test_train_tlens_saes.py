@@ -9,7 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from sparsify import SAETransformer
+from sparsify.base_config import UserError
+from sparsify.evaluation.results import Evaluation
+from sparsify.scripts.train_tlens_saes import train
 from sparsify.scripts.train_tlens_saes.run_train_tlens_saes import main
+from sparsify.training import sinks
+from sparsify.training.sinks import Sink
 
 from .conftest import write_yaml
 
@@ -134,6 +139,63 @@ def test_data_that_end_early_are_trained_on_and_it_is_said(
     assert f"train_data: ended after {n_trained:,} of 100,000 samples" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.model
+def test_a_loss_that_is_not_finite_ends_the_run(
+    config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run(config, tmp_path, "--lr", "1e38", "--save_every_n_samples", "null") == 2
+    assert "after 16 samples; go back to an earlier checkpoint, and lower lr" in (
+        capsys.readouterr().err
+    )
+    assert {path.name for path in run_dir_of(config).iterdir()} == {
+        "final_config.yaml",
+        "metrics.jsonl",
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_an_interrupted_run_keeps_what_it_learned(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    evaluate = train.Trainer.evaluate
+
+    def interrupt(trainer: train.Trainer, sink: Sink) -> Evaluation | None:
+        if trainer.n_samples > 0:
+            raise KeyboardInterrupt
+        return evaluate(trainer, sink)
+
+    monkeypatch.setattr(train.Trainer, "evaluate", interrupt)
+    assert run(config, tmp_path, "--save_every_n_samples", "null") == 130
+    assert (run_dir_of(config) / "samples_16.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_a_run_that_is_refused_before_its_first_step_leaves_nothing(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*_: object) -> None:
+        raise UserError("wandb_project: no run could be started")
+
+    monkeypatch.setattr(sinks.WandbSink, "__init__", refuse)
+    assert run(config, tmp_path, "--wandb_project", "p") == 2
+    assert list(Path(config["save_dir"]).iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_a_run_without_a_folder_does_not_claim_to_save(
+    config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    overrides = ["--save_dir", "null", "--save_every_n_samples", "null"]
+    assert run(config, tmp_path, *overrides) == 0
+    printed = capsys.readouterr()
+    assert "CE loss" in printed.out
+    assert "saved" not in printed.err
+
+
 BAD_INPUT = [
     ({"n_sample": 8}, "unknown key 'n_sample'; did you mean 'n_samples'?"),
     ({"loss.sparsty": {"coeff": 1}}, "unknown key 'sparsty'; did you mean 'sparsity'?"),
@@ -164,6 +226,10 @@ BAD_INPUT = [
         "does not lie behind the first SAE",
     ),
     ({"device": "cuda"}, "device: torch sees no 'cuda'"),
+    (
+        {"collect_act_frequency_every_n_samples": None},
+        "act_frequency_n_tokens (64) has no effect while collect_act_frequency_every_n_samples",
+    ),
 ]  # fmt: skip
 
 

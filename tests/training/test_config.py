@@ -40,6 +40,11 @@ FIELDS: dict[str, Any] = {"n_samples": 64, "batch_size": 4, "lr": 1e-3}
             {"save_dir": None, "save_every_n_samples": 8},
             r"save_every_n_samples \(8\) needs a save_dir",
         ),
+        ({"lr": float("inf")}, "finite number"),
+        ({"max_grad_norm": float("nan")}, "finite number"),
+        ({"seed": 2**63}, "less than 9223372036854775808"),
+        ({"wandb_run_name": "a/b"}, "the run's name 'a/b' also names its folder"),
+        ({"wandb_run_name_prefix": "../"}, "the run's name '../run' also names its folder"),
         ({"lr_shedule": "cosine"}, "unknown key 'lr_shedule'; did you mean 'lr_schedule'"),
     ],
 )

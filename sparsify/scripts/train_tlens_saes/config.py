@@ -9,6 +9,8 @@ from sparsify.data.config import DataConfig
 from sparsify.losses import LossConfig
 from sparsify.training.config import TrainingConfig
 
+DEFAULT_ACT_FREQUENCY_N_TOKENS = 500_000
+
 
 class Config(SAETransformerConfig, TrainingConfig):
     """SAEs trained inside a frozen language model."""
@@ -21,7 +23,7 @@ class Config(SAETransformerConfig, TrainingConfig):
     """Held-out text. null: no evaluation."""
     collect_act_frequency_every_n_samples: PositiveInt | None = None
     """Samples between two counts of alive dictionary elements. null: no counts in training."""
-    act_frequency_n_tokens: PositiveInt = 500_000
+    act_frequency_n_tokens: PositiveInt = DEFAULT_ACT_FREQUENCY_N_TOKENS
     """Training tokens over which one such count runs."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train. auto: a GPU if torch sees one."""
@@ -31,6 +33,17 @@ class Config(SAETransformerConfig, TrainingConfig):
         if self.eval_data is None and self.eval_every_n_samples is not None:
             raise ValueError(
                 f"eval_every_n_samples ({self.eval_every_n_samples}) needs eval_data, which is null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _counts_are_taken_if_they_are_set(self) -> Self:
+        n_tokens = self.act_frequency_n_tokens
+        is_set = n_tokens != DEFAULT_ACT_FREQUENCY_N_TOKENS
+        if is_set and self.collect_act_frequency_every_n_samples is None:
+            raise ValueError(
+                f"act_frequency_n_tokens ({n_tokens}) has no effect while "
+                "collect_act_frequency_every_n_samples is null; set that, or remove it"
             )
         return self
 

@@ -1,6 +1,8 @@
 """The training loop of SAEs inside a language model."""
 
 import json
+import math
+import shutil
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +20,7 @@ from sparsify.evaluation.results import Evaluation
 from sparsify.evaluation.table import format_table
 from sparsify.forward_plan import derive_plan
 from sparsify.losses import total_loss
+from sparsify.model_loading import resolve_device
 from sparsify.runs import Runs
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saved_runs import build_sae_transformer, model_identity
@@ -80,8 +83,10 @@ class Trainer:
             self.n_samples += len(tokens)
 
             if cadence.log.due(self.n_samples):
-                learning = {"grad_norm": grad_norm, "lr": self.stepper.lr}
-                sink.log(train_metrics(loss, terms, runs) | learning, self.n_samples)
+                learning = {"grad_norm": grad_norm.item(), "lr": self.stepper.lr}
+                metrics = train_metrics(loss, terms, runs) | learning
+                sink.log(metrics, self.n_samples)
+                check_finite(metrics, self.n_samples)
             if alive := firing.update(runs, self.n_samples):
                 sink.log(alive, self.n_samples)
             if cadence.evaluate.due(self.n_samples):
@@ -108,11 +113,11 @@ class Trainer:
     def build_loader(self, data: DataConfig, num_workers: Literal[0, 1] = 1) -> TokenLoader:
         """Batches of training or held-out data."""
         tlens_model: Any = self.model.tlens_model  # its attributes are not declared
-        name = data.tokenizer_name
+        name, default = data.tokenizer_name, tlens_model.tokenizer
         return build_loader(
             data,
             batch_size=self.config.batch_size,
-            tokenizer=load_tokenizer(name) if name else tlens_model.tokenizer,
+            tokenizer=load_tokenizer(name) if name and not data.is_tokenized else default,
             seed=self.config.seed,
             d_vocab=tlens_model.cfg.d_vocab,
             model_n_ctx=tlens_model.cfg.n_ctx,
@@ -138,15 +143,30 @@ def train_saes(config: Config) -> None:
     if config.save_dir is not None:
         run_dir = create_run_folder(config.save_dir, run_name)
         write_config(run_dir, config)
-    with open_sinks(
-        config,
-        run_name=run_name,
-        run_dir=run_dir,
-        n_ctx=config.train_data.n_ctx,
-        metadata=model_identity(config),
-    ) as sink:
+    try:
+        with open_sinks(
+            config,
+            run_name=run_name,
+            run_dir=run_dir,
+            n_ctx=config.train_data.n_ctx,
+            metadata=model_identity(config),
+        ) as sink:
+            run(trainer, sink)
+            finish(trainer, sink, run_dir)
+    except UserError:
+        if run_dir is not None and trainer.n_samples == 0:  # nothing to keep
+            shutil.rmtree(run_dir)
+        raise
+
+
+def run(trainer: Trainer, sink: Sink) -> None:
+    """Train, and keep what was learned if the person interrupts it."""
+    try:
         trainer.train(sink)
-        finish(trainer, sink, run_dir)
+    except KeyboardInterrupt:
+        if trainer.n_samples:
+            trainer.save(sink)
+        raise
 
 
 def finish(trainer: Trainer, sink: Sink, run_dir: Path | None) -> None:
@@ -174,20 +194,6 @@ def finish(trainer: Trainer, sink: Sink, run_dir: Path | None) -> None:
     )
 
 
-def resolve_device(device: str) -> str:
-    """The device's name for torch.
-
-    Raises:
-        UserError: Torch does not see it.
-    """
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
-    if device == "auto":
-        return "cuda" if available["cuda"] else "cpu"
-    if not available[device]:
-        raise UserError(f"device: torch sees no '{device}' on this machine; set it to auto")
-    return device
-
-
 def train_metrics(loss: Tensor, terms: dict[str, Tensor], runs: Runs) -> dict[str, float]:
     """Numbers of one batch, under the names that are logged; terms without their coefficients."""
     metrics = {"loss": loss.item()}
@@ -196,6 +202,16 @@ def train_metrics(loss: Tensor, terms: dict[str, Tensor], runs: Runs) -> dict[st
         l0 = (acts.c != 0).sum(dim=-1).float().mean()
         metrics[f"sparsity/train/L_0/{position}"] = l0.item()
     return metrics
+
+
+def check_finite(metrics: dict[str, float], n_samples: int) -> None:
+    """Raise a `UserError` if a number is not finite: training on would lead nowhere."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"{name} is {value} after {n_samples} samples; go back to an earlier checkpoint, "
+                "and lower lr or set max_grad_norm"
+            )
 
 
 class FiringWindows:
