@@ -2,9 +2,9 @@
 
 from typing import Literal, Self
 
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import PositiveInt, model_validator
 
-from sparsify.base_config import BaseConfig
+from sparsify.base_config import BaseConfig, PositiveFinite
 
 
 class Architecture(BaseConfig):
@@ -23,7 +23,7 @@ class Architecture(BaseConfig):
     act_fn: Literal["gelu", "gelu_new", "relu", "silu"] = "gelu"
     normalization_type: Literal["LN", "RMS"] = "LN"
     positional_embedding_type: Literal["standard", "rotary"] = "rotary"
-    eps: PositiveFloat = 1e-5
+    eps: PositiveFinite = 1e-5
 
     @property
     def d_head(self) -> int:

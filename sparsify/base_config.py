@@ -9,12 +9,13 @@ import argparse
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, LiteralString, NoReturn, Self, TypeVar, cast
+from typing import Annotated, Any, LiteralString, NoReturn, Self, TypeVar, cast
 
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     ModelWrapValidatorHandler,
     ValidationError,
     create_model,
@@ -57,6 +58,11 @@ class BaseConfig(BaseModel):
                 for found in error.errors()
             ]
         raise ValidationError.from_exception_data(cls.__name__, problems)
+
+
+PositiveFinite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+"""What every random generator takes."""
 
 
 def listed(value: object) -> object:

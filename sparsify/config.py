@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, field_validator, model_validator
 
-from sparsify.base_config import BaseConfig, listed
+from sparsify.base_config import BaseConfig, PositiveFinite, listed
 from sparsify.saes.config import ReLUSAEConfig, SAEConfig
 
 
@@ -15,7 +15,7 @@ class SAEsConfig(BaseConfig):
     sae_positions: Annotated[list[str], BeforeValidator(listed)]
     """Hook points: full names, or runs of their dotted parts (`hook_resid_pre` is that of every
     block, `blocks.1` never means block 10)."""
-    dict_size_to_input_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    dict_size_to_input_ratio: PositiveFinite
     """Dictionary elements per dimension of the activation."""
     pretrained_sae_paths: Annotated[list[Path] | None, BeforeValidator(listed)] = None
     """Checkpoints whose SAEs to start from. null: all SAEs are new."""

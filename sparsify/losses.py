@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from sparsify.base_config import BaseConfig, listed
+from sparsify.base_config import BaseConfig, PositiveFinite, listed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,7 +75,7 @@ class SparsityLoss(CoeffTerm):
 
     needs_spliced_run: ClassVar[bool] = False
 
-    p_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    p_norm: PositiveFinite = 1.0
     """Exponent of the norm."""
 
     def calc(self, runs: "Runs") -> "dict[str, Tensor]":

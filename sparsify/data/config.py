@@ -3,9 +3,9 @@
 from difflib import get_close_matches
 from typing import Self
 
-from pydantic import NonNegativeInt, PositiveInt, model_validator
+from pydantic import PositiveInt, model_validator
 
-from sparsify.base_config import BaseConfig
+from sparsify.base_config import BaseConfig, Seed
 
 PYTHON_STDLIB = "python-stdlib"
 PYTHON_STDLIB_SPLITS = ("train", "validation")
@@ -21,7 +21,7 @@ class DataConfig(BaseConfig):
     each file of a folder without tables, the text is one document.
     """
     subset: str | None = None
-    """Name of a part of a hub dataset (its "config"). None: the dataset has no parts."""
+    """Name of a part of a hub dataset (its "config"). null: the dataset has no parts."""
     split: str = "train"
     """`train` or `validation` of `python-stdlib`; of other data, whatever splits they have."""
     streaming: bool = True
@@ -30,17 +30,17 @@ class DataConfig(BaseConfig):
     is_tokenized: bool = False
     """Rows of a table are token ids, exactly `n_ctx` in each."""
     column_name: str | None = None
-    """Column of a table. None: `input_ids` if `is_tokenized`, else `text`."""
+    """Column of a table. null: `input_ids` if `is_tokenized`, else `text`."""
     tokenizer_name: str | None = None
-    """Tokenizer of the text, or that made the ids. None: the model's own."""
+    """Tokenizer of the text, or that made the ids. null: the model's own."""
     n_ctx: PositiveInt
     """Tokens in a sequence, BOS included."""
     add_bos_token: bool = False
     """Every sequence starts with the BOS token."""
-    seed: NonNegativeInt | None = None
-    """Seed of the order. None: the run's seed."""
+    seed: Seed | None = None
+    """Seed of the order. null: the run's seed."""
     n_epochs: PositiveInt | None = 1
-    """Passes over the data. None: no end."""
+    """Passes over the data. null: no end."""
     shuffle_block_samples: PositiveInt = 4096
     """Sequences that are held in memory and shuffled together. 1 keeps each document's sequences
     in a row and gives the first batch soonest, which suits an evaluation on few samples."""

@@ -5,8 +5,9 @@ that a checkpoint can hold; the stream can be entered again at any such position
 memory is one chunk.
 """
 
+import codecs
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,7 +57,8 @@ class TextFiles:
 
     Attributes:
         paths: The files.
-        skip_binary: Leave out files that are not UTF-8, instead of refusing them.
+        skip_binary: Leave out files that are not UTF-8, instead of refusing them. A long file may
+            turn out not to be after some pieces have been read; then its rest is left out.
     """
 
     paths: Sequence[Path]
@@ -68,23 +70,37 @@ class TextFiles:
         n_done, offset = position or (0, 0)
         texts: list[str] = []
         while n_done < len(order):
+            goes_on = offset > 0
             text, offset = self._read(self.paths[order[n_done]], offset)
             n_done += offset == 0
-            texts += [text] if text else []
+            # A document that was cut needs an end, even if nothing of it is left.
+            texts += [text] if text or goes_on else []
             if offset or len(texts) == CHUNK_DOCUMENTS or sum(map(len, texts)) >= CHUNK_CHARS:
                 yield Chunk(texts, [n_done, offset], is_cut=offset > 0)
                 texts = []
         if texts:
             yield Chunk(texts, [n_done, 0])
 
+    def is_small(self) -> bool:
+        """Whether all files together fit into one chunk."""
+        return (
+            len(self.paths) <= CHUNK_DOCUMENTS
+            and sum(path.stat().st_size for path in self.paths) <= CHUNK_CHARS
+        )
+
     def _read(self, path: Path, offset: int) -> tuple[str, int]:
         try:
             return read_piece(path, offset)
         except UnicodeDecodeError:
-            if self.skip_binary and offset == 0:
+            if self.skip_binary:
                 return "", 0
             raise UserError(
                 f"dataset_name: '{path}' is not UTF-8 text; convert or remove it"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"dataset_name: '{path}' cannot be read ({error.strerror}); "
+                f"restore it, make it readable, or start anew without it"
             ) from None
 
 
@@ -92,6 +108,9 @@ def read_piece(path: Path, offset: int, max_bytes: int = CHUNK_CHARS) -> tuple[s
     """Text from byte `offset` of a UTF-8 file, and the offset behind it (0: the file is done).
 
     A piece that is not the last ends with a line, or, in a longer line, between two characters.
+
+    Raises:
+        UnicodeDecodeError: The piece is not UTF-8.
     """
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -99,13 +118,11 @@ def read_piece(path: Path, offset: int, max_bytes: int = CHUNK_CHARS) -> tuple[s
         data = file.read(max_bytes)
     if offset + len(data) >= size:
         return data.decode("utf-8"), 0
-    end = data.rfind(b"\n") + 1
-    if end == 0:
-        end = len(data)
-        while end > 1 and data[end - 1] & 0xC0 == 0x80:  # not the first byte of a character
-            end -= 1
-        end -= 1
-    return data[:end].decode("utf-8"), offset + end
+    end = data.rfind(b"\n") + 1 or len(data)
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    text = decoder.decode(data[:end])
+    begun_character, _ = decoder.getstate()
+    return text, offset + end - len(begun_character)
 
 
 @dataclass(frozen=True)
@@ -135,13 +152,25 @@ class TableRows:
                 shard.load_state_dict(state)
             state = None
             documents: list[Any] = []  # str or list[int], as `is_tokenized` says
-            for row in shard:
+            for row in self._readable(shard):
                 documents += self.contents(row)
                 if len(documents) == CHUNK_DOCUMENTS or _n_items(documents) >= CHUNK_CHARS:
                     yield Chunk(documents, [index, shard.state_dict()])
                     documents = []
             if documents:
                 yield Chunk(documents, [index + 1, None])
+
+    def _readable(self, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        try:
+            yield from rows
+        # `datasets` passes on the errors of pyarrow, the file system, the network and its own; all
+        # mean that the next row cannot be read. The file, if there are several, is in its log.
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(
+                f"dataset_name: '{self.name}' cannot be read to its end: {reason}; replace or "
+                f"remove the damaged file, or, for data of the hub, check the network"
+            ) from error
 
     def contents(self, row: dict[str, Any]) -> list[str] | list[list[int]]:
         """The document of a row, or nothing if it is empty.

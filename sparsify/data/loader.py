@@ -1,5 +1,6 @@
 """Batches of token sequences, made in a worker process while the model trains."""
 
+import copy
 import itertools
 import os
 import signal
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sparsify.base_config import UserError
 from sparsify.data.config import DataConfig
+from sparsify.data.documents import TextFiles
 from sparsify.data.sources import open_documents
 from sparsify.data.tokens import IdPacker, Pack, TextPacker, TokenSequences
 
@@ -48,7 +50,7 @@ def build_loader(
 
     Raises:
         UserError: The data cannot be read or do not suit the model. What shows only in later rows,
-            or that there is not even one batch, is raised by the iteration.
+            or, but for a short text, that there is not even one batch, is raised by the iteration.
     """
     if model_n_ctx is not None and config.n_ctx > model_n_ctx:
         raise UserError(
@@ -60,8 +62,9 @@ def build_loader(
         # The worker is a fork, and a tokenizer with threads must not be forked. One that had run
         # before would say so on every start of a worker.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    documents = open_documents(config)
     sequences = _ReportingSequences(
-        open_documents(config),
+        documents,
         pack,
         n_epochs=config.n_epochs,
         block_samples=config.shuffle_block_samples,
@@ -69,6 +72,8 @@ def build_loader(
         name=config.dataset_name,
         min_samples=batch_size,
     )
+    if isinstance(documents, TextFiles) and documents.is_small():
+        _check_first_batch(sequences, batch_size)
     return TokenLoader(sequences, batch_size, num_workers)
 
 
@@ -133,6 +138,13 @@ class _ReportingSequences(TokenSequences):
             yield from super().__iter__()
         except UserError as error:
             yield from itertools.repeat(error)  # fills the batch, which would be left out if short
+
+
+def _check_first_batch(sequences: _ReportingSequences, batch_size: int) -> None:
+    # A copy, since an iteration moves the place that a state has before the loader's first one.
+    batch = _collate(list(itertools.islice(copy.copy(sequences), batch_size)))
+    if isinstance(batch, UserError):
+        raise batch
 
 
 def _leave_interrupts_to_the_main_process(worker: int) -> None:

@@ -30,19 +30,3 @@ def split_of(relative_path: str) -> Literal["train", "validation"]:
     digest = hashlib.sha256(relative_path.encode()).digest()
     is_validation = int.from_bytes(digest[:8], "big") % 100 < _VALIDATION_PERCENT
     return "validation" if is_validation else "train"
-
-
-def read_texts(split: Literal["train", "validation"]) -> list[str]:
-    """The texts of a split, without files that are empty or not UTF-8.
-
-    Line ends are left as they are, so that the encoded texts have the bytes of the files.
-    """
-    texts: list[str] = []
-    for path in iter_files(split):
-        try:
-            text = path.read_bytes().decode("utf-8")
-        except UnicodeDecodeError:
-            continue
-        if text:
-            texts.append(text)
-    return texts

@@ -8,6 +8,7 @@ from sparsify.base_config import UserError
 from sparsify.data.config import PYTHON_STDLIB, DataConfig, table_settings
 from sparsify.data.documents import CHUNK_DOCUMENTS, Documents, TableRows, TextFiles
 from sparsify.data.python_stdlib import iter_files
+from sparsify.data.tokens import check_length
 
 _TABLE_SUFFIXES = {".parquet", ".jsonl", ".json"}
 _MAX_SHARDS = 1024
@@ -95,7 +96,9 @@ def _open_table(config: DataConfig, path: Path | None) -> TableRows:
     rows = TableRows(
         dataset.select_columns([config.column]), config.column, config.is_tokenized, name
     )
-    rows.contents(first_row)
+    for document in rows.contents(first_row):
+        if config.is_tokenized:
+            check_length(len(document), config.n_ctx, name)
     return rows
 
 

@@ -82,11 +82,7 @@ class IdPacker:
             UserError: A row is not `n_ctx` long, or has an id outside the vocabulary.
         """
         for row in chunk.documents:
-            if len(row) != self.n_ctx:
-                raise UserError(
-                    f"n_ctx: a row of '{self.name}' has {len(row)} tokens, not {self.n_ctx}; set "
-                    f"n_ctx to the length of the rows, or tokenize the data again"
-                )
+            check_length(len(row), self.n_ctx, self.name)
         ids = np.array(chunk.documents, dtype=np.int64)
         if ids.min() < 0 or (self.d_vocab is not None and ids.max() >= self.d_vocab):
             known = "ids start at 0" if ids.min() < 0 else f"the model knows {self.d_vocab} ids"
@@ -96,6 +92,19 @@ class IdPacker:
                 f"use data made with the model's tokenizer"
             )
         return ids.astype(np.int32), []
+
+
+def check_length(n_tokens: int, n_ctx: int, name: str) -> None:
+    """See that a row of token ids is a sequence.
+
+    Raises:
+        UserError: It is not `n_ctx` long.
+    """
+    if n_tokens != n_ctx:
+        raise UserError(
+            f"n_ctx: a row of '{name}' has {n_tokens} tokens, not {n_ctx}; set n_ctx to the length "
+            f"of the rows, or tokenize the data again"
+        )
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,8 @@
 """Configs of the SAE kinds. `sparsify.saes.build` turns one into a module."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from sparsify.base_config import BaseConfig
+from sparsify.base_config import BaseConfig, PositiveFinite
 
 
 class ReLUSAEConfig(BaseConfig):
@@ -13,7 +11,7 @@ class ReLUSAEConfig(BaseConfig):
     kind: Literal["relu"] = "relu"
     """Tells the kinds apart."""
 
-    dict_size_to_input_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    dict_size_to_input_ratio: PositiveFinite
     """Dictionary elements per dimension of the activation; their product is rounded down."""
 
 

@@ -1,15 +1,12 @@
 """Settings that every training script shares: how long, how fast, and what is kept of the run."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from sparsify.base_config import BaseConfig
+from sparsify.base_config import BaseConfig, PositiveFinite, Seed
 from sparsify.training.run_folder import check_run_name
-
-PositiveFinite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 DEFAULT_MIN_LR_FACTOR = 0.1
 

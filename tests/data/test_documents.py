@@ -93,6 +93,28 @@ def test_binary_file_is_refused_when_it_was_asked_for(tmp_path: Path):
         read_all(TextFiles([path], skip_binary=False))
 
 
+@pytest.mark.parametrize("rest", [b"caf\xe9", b"\x80" * 40])
+def test_rest_of_a_long_file_that_is_not_utf8_is_left_out_of_a_tree(
+    rest: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(documents.read_piece, "__defaults__", (20,))
+    paths = [tmp_path / name for name in ("long", "other")]
+    paths[0].write_bytes(b"16 bytes of text\n" + rest)
+    paths[1].write_text("other")
+    chunks = read_all(TextFiles(paths, skip_binary=True))
+    assert sorted(joined(chunks)) == ["16 bytes of text\n", "other"]
+    with pytest.raises(UserError, match="long' is not UTF-8 text; convert"):
+        read_all(TextFiles(paths, skip_binary=False))
+
+
+def test_file_that_cannot_be_read_is_refused(tmp_path: Path):
+    files = TextFiles([tmp_path / "gone.txt"], skip_binary=True)
+    with pytest.raises(
+        UserError, match=r"gone.txt' cannot be read \(No such file or directory\); re"
+    ):
+        read_all(files)
+
+
 def test_empty_rows_are_left_out():
     table = Dataset.from_dict({"text": ["a", "", None, "b"]}).to_iterable_dataset()
     assert joined(read_all(TableRows(table, "text", is_tokenized=False, name="t"))) == ["a", "b"]

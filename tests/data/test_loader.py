@@ -172,12 +172,43 @@ def test_bad_late_row_is_reported_in_one_line(
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_data_without_one_batch_are_rejected(
+def test_table_with_a_damaged_later_file_is_reported_in_one_line(
+    num_workers: Workers, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+):
+    (tmp_path / "table").mkdir()
+    Dataset.from_dict({"text": ["X" * 20]}).to_parquet(tmp_path / "table" / "0.parquet")
+    (tmp_path / "table" / "1.parquet").write_text("no parquet")
+    loader = build({"dataset_name": str(tmp_path / "table")}, tokenizer, num_workers)
+    message = r"^dataset_name: '.*table' cannot be read to its end: [^\n]*; replace or [^\n]*$"
+    with pytest.raises(UserError, match=message):
+        list(loader)
+
+
+def test_rows_of_another_length_are_rejected_at_once(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+):
+    Dataset.from_dict({"input_ids": [[1] * 9] * 5}).to_parquet(tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=r"n_ctx: a row of '.*t.parquet' has 9 tokens, not 8; set"):
+        build({"dataset_name": str(tmp_path / "t.parquet"), "is_tokenized": True}, tokenizer)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_short_text_without_one_batch_is_rejected(
     num_workers: Workers, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ):
     (tmp_path / "a.txt").write_text("X" * 20)
     with pytest.raises(UserError, match=r"a.txt' holds 2 sequences, less than one batch of 4; use"):
-        list(build({"dataset_name": str(tmp_path / "a.txt")}, tokenizer, num_workers))
+        build({"dataset_name": str(tmp_path / "a.txt")}, tokenizer, num_workers)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_table_without_one_batch_is_rejected(
+    num_workers: Workers, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+):
+    Dataset.from_dict({"text": ["X" * 20]}).to_parquet(tmp_path / "t.parquet")
+    loader = build({"dataset_name": str(tmp_path / "t.parquet")}, tokenizer, num_workers)
+    with pytest.raises(UserError, match=r"t.parquet' holds 2 sequences, less than one batch of 4"):
+        list(loader)
 
 
 def refusal(tokenizer: PreTrainedTokenizerFast | None, **options: Any) -> str:

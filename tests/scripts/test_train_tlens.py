@@ -1,14 +1,21 @@
+import itertools
 import json
+import re
+import signal
+import string
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+import yaml
+from safetensors.torch import load_file, save_file
 
+from sparsify.scripts.train_tlens import train
 from sparsify.scripts.train_tlens.evaluation import TextLoss
 from sparsify.scripts.train_tlens.run_train_tlens import main
+from sparsify.scripts.train_tlens.train import next_token_loss
 from sparsify.scripts.train_tlens.trigram import TrigramModel
 
 from .conftest import write_yaml
@@ -34,20 +41,102 @@ def test_a_run_learns_evaluates_and_leaves_a_model(lm_run: Path):
     card = (lm_run / "model" / "README.md").read_text()
     assert "bits per byte" in card
     assert "trigram" in card
+    assert (lm_run / "final_config.yaml").read_text() in card
 
 
-def test_a_resumed_run_ends_as_if_it_had_not_stopped(
-    lm_run: Path, lm_config: dict[str, Any], tmp_path: Path
-):
+@pytest.fixture
+def half_run(lm_config: dict[str, Any], tmp_path: Path) -> Path:
+    """Run folder of the first 16 samples, and beside its parent the config of all 24."""
     config = write_yaml(tmp_path / "config.yaml", lm_config)
-    out = tmp_path / "out"
-    # The rest of a run of 24 samples, from its state at 16.
-    assert main([str(config), "--save_dir", str(out), "--n_samples", "16"]) == 0
-    (run_dir,) = out.iterdir()
-    assert main([str(config), "--save_dir", str(out), "--resume", str(run_dir)]) == 0
-    expected = load_file(lm_run / "samples_24.safetensors")
-    for name, tensor in load_file(run_dir / "samples_24.safetensors").items():
-        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
+    assert main([str(config), "--save_dir", str(tmp_path / "out"), "--n_samples", "16"]) == 0
+    (run_dir,) = (tmp_path / "out").iterdir()
+    return run_dir
+
+
+def resume(run_dir: Path, *overrides: str) -> int:
+    config = run_dir.parent.parent / "config.yaml"
+    save_dir = ["--save_dir", str(run_dir.parent)]
+    return main([str(config), *save_dir, "--resume", str(run_dir), *overrides])
+
+
+def assert_same_end(run_dir: Path, whole_run: Path) -> None:
+    expected = load_file(whole_run / "samples_24.safetensors")
+    actual = load_file(run_dir / "samples_24.safetensors")
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_a_resumed_run_ends_as_if_it_had_not_stopped(half_run: Path, lm_run: Path):
+    # As after a kill between the weights and the state of 24 samples.
+    zeros = {k: v * 0 for k, v in load_file(half_run / "samples_16.safetensors").items()}
+    save_file(zeros, half_run / "samples_24.safetensors")
+    assert resume(half_run, "--log_every_n_grad_steps", "2") == 0
+    assert_same_end(half_run, lm_run)
+    kept = yaml.safe_load((half_run / "final_config.yaml").read_text())
+    assert (kept["n_samples"], kept["log_every_n_grad_steps"], kept["resume"]) == (24, 2, None)
+
+
+def test_ctrl_c_in_a_step_loses_nothing(
+    lm_config: dict[str, Any], lm_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    calls = itertools.count(1)
+
+    def interrupted(*args: Any) -> torch.Tensor:
+        if next(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return next_token_loss(*args)
+
+    config = write_yaml(tmp_path / "config.yaml", lm_config)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "next_token_loss", interrupted)
+        assert main([str(config), "--save_dir", str(tmp_path / "out")]) == 130
+    (run_dir,) = (tmp_path / "out").iterdir()
+    assert (run_dir / "samples_12.safetensors").exists()
+    assert resume(run_dir) == 0
+    assert_same_end(run_dir, lm_run)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["--n_samples", "8"],
+            r"n_samples \(8\) must be at least 16, since the run in '.*' has been trained on 16",
+        ),
+        (
+            ["--model.n_layers", "2", "--train_data.n_epochs", "3", "--lr", "0.5"],
+            "model.n_layers: 2 instead of 3, train_data.n_epochs: 3 instead of null, "
+            "lr: 0.5 instead of 0.02; remove the change",
+        ),
+        (["--resume", "/nope"], "resume: there is no folder '/nope'; give the folder of a run"),
+    ],
+)
+def test_what_does_not_go_on_with_the_run_is_refused(
+    overrides: list[str], message: str, half_run: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert resume(half_run, *overrides) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_data_that_end_early_are_reported_and_each_checkpoint_is_written_once(
+    lm_config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "short.txt").write_text(string.printable * 2)
+    data = {"dataset_name": str(tmp_path / "short.txt"), "n_ctx": 16}
+    config = write_yaml(tmp_path / "config.yaml", {**lm_config, "train_data": data})
+    assert main([str(config), "--save_dir", str(tmp_path / "out")]) == 0
+    err = capsys.readouterr().err
+    assert "train_data: ended after 8 of 24 samples, on which the model was trained" in err
+    assert err.count("saved ") == 1  # at 8 samples, which is also the end
+    (run_dir,) = (tmp_path / "out").iterdir()
+    assert any("train_data_ended_early" in line for line in read_metrics(run_dir))
+
+
+@pytest.mark.parametrize("data", ["train_data", "eval_data"])
+def test_bad_data_leave_no_folder(data: str, lm_config: dict[str, Any], tmp_path: Path):
+    config = write_yaml(tmp_path / "config.yaml", lm_config)
+    bad = [f"--{data}.dataset_name", "./nothing.txt"]
+    assert main([str(config), "--save_dir", str(tmp_path / "out"), *bad]) == 2
+    assert not (tmp_path / "out").exists()
 
 
 def test_trigram_probabilities_match_hand_computation():

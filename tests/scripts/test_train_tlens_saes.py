@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -163,7 +165,7 @@ def test_an_interrupted_run_keeps_what_it_learned(
 
     def interrupt(trainer: train.Trainer, sink: Sink) -> Evaluation | None:
         if trainer.n_samples > 0:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
         return evaluate(trainer, sink)
 
     monkeypatch.setattr(train.Trainer, "evaluate", interrupt)

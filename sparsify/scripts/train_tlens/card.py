@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from sparsify.base_config import dump_yaml
 from sparsify.native_model import TrainableModel
 from sparsify.scripts.train_tlens.config import Config
 from sparsify.scripts.train_tlens.evaluation import TextLoss
@@ -44,12 +45,10 @@ def write_card(
         "",
         f"Architecture: `{config.model}`",
         "",
-        f"Made with torch {torch.__version__}, transformer-lens {version('transformer-lens')} by",
+        f"Made with torch {torch.__version__}, transformer-lens {version('transformer-lens')} by "
+        "`sparsify/scripts/train_tlens/run_train_tlens.py` with the settings",
         "",
-        "```",
-        "python sparsify/scripts/train_tlens/run_train_tlens.py "
-        "sparsify/scripts/train_tlens/tiny_python.yaml",
-        "```",
+        f"```yaml\n{dump_yaml(config)}```",
         "",
         "Samples at temperature 0.7, the prompt included:",
         *(f"\n```python\n{sample}\n```" for sample in samples),

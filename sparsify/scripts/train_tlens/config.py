@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Self
 
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import PositiveInt, model_validator
 
 from sparsify.architecture import Architecture
-from sparsify.base_config import BaseConfig
+from sparsify.base_config import BaseConfig, PositiveFinite
 from sparsify.data.config import DataConfig
 from sparsify.training.config import TrainingConfig
 
@@ -23,7 +23,7 @@ class Config(TrainingConfig):
     model: Architecture
     tokenizer: TokenizerConfig | None = None
     """A tokenizer to train. null: the one that train_data.tokenizer_name names."""
-    adam_lr: PositiveFloat
+    adam_lr: PositiveFinite
     """Learning rate of embeddings, unembedding, biases and norms; lr is that of Muon."""
     train_data: DataConfig
     eval_data: DataConfig

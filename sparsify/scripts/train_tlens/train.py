@@ -1,8 +1,10 @@
 """The training loop of a small language model."""
 
 import sys
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,17 +20,14 @@ from sparsify.native_model import TrainableModel, save_language_model
 from sparsify.scripts.train_tlens.card import write_card
 from sparsify.scripts.train_tlens.config import Config
 from sparsify.scripts.train_tlens.evaluation import TextLoss, bytes_per_token, text_loss
+from sparsify.scripts.train_tlens.resume import Checkpoint, load_checkpoint
 from sparsify.scripts.train_tlens.trigram import TrigramModel
 from sparsify.training.cadence import Cadence
-from sparsify.training.checkpoints import (
-    latest_checkpoint,
-    load_training_state,
-    load_weights,
-    save_training_state,
-)
+from sparsify.training.checkpoints import save_training_state
+from sparsify.training.interrupt import held_interrupt
 from sparsify.training.optimizers import build_muon
 from sparsify.training.random_state import set_seed
-from sparsify.training.run_folder import create_run_folder, write_config
+from sparsify.training.run_folder import check_save_dir, create_run_folder, write_config
 from sparsify.training.schedules import build_lr_schedulers
 from sparsify.training.sinks import Sink, open_sinks
 from sparsify.training.steps import GradientStepper
@@ -39,15 +38,16 @@ MODEL_FOLDER = "model"
 class Trainer:
     """One run: its parts, and how many samples it has seen."""
 
-    def __init__(self, config: Config, run_dir: Path) -> None:
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         set_seed(config.seed)
         self.config = config
-        self.run_dir = run_dir
         self.n_samples = 0
-        self.tokenizer = make_tokenizer(config, run_dir / MODEL_FOLDER)
+        self.n_samples_saved: int | None = None
+        self.tokenizer = tokenizer
         self.token_bytes = bytes_per_token(self.tokenizer)
         self.model = TrainableModel(config.model, seed=config.seed)
         self.loader = self.build_loader(config.train_data)
+        self.eval_loader = self.build_loader(config.eval_data, num_workers=0)
         optimizers = build_muon(self.model.named_parameters(), config.lr, config.adam_lr)
         self.stepper = GradientStepper(
             self.model.parameters(),
@@ -57,8 +57,8 @@ class Trainer:
             max_grad_norm=config.max_grad_norm,
         )
 
-    def train(self, sink: Sink) -> None:
-        """Train until the config's number of samples."""
+    def train(self, sink: Sink, run_dir: Path, is_interrupted: Callable[[], bool]) -> None:
+        """Train until the config's number of samples, the end of the data, or Ctrl-C."""
         cadence = Cadence.from_config(self.config, start=self.n_samples)
         n_batches = self.config.n_batches - self.n_samples // self.config.batch_size
         for tokens in islice(self.loader, n_batches):
@@ -71,28 +71,32 @@ class Trainer:
             if cadence.evaluate.due(self.n_samples):
                 sink.log(loss_metrics(self.evaluate(self.config.eval_n_samples)), self.n_samples)
             if cadence.save.due(self.n_samples):
-                self.save(sink)
+                self.save(sink, run_dir)
+            if is_interrupted():
+                break
 
     def evaluate(self, n_samples: int | None) -> TextLoss:
         """Loss on the first `n_samples` held-out sequences. None: on all."""
-        loader = self.build_loader(self.config.eval_data)
         n_batches = sys.maxsize if n_samples is None else -(-n_samples // self.config.batch_size)
-        return text_loss(self.model, islice(loader, n_batches), self.token_bytes)
+        return text_loss(self.model, islice(self.eval_loader, n_batches), self.token_bytes)
 
-    def save(self, sink: Sink) -> None:
-        """Write the weights, and what the run needs to go on."""
+    def save(self, sink: Sink, run_dir: Path) -> None:
+        """Write the weights, and what the run needs to go on, once as they are."""
+        if self.n_samples_saved == self.n_samples:
+            return
         sink.save(self.model.state_dict(), self.n_samples)
         state = {"stepper": self.stepper.state_dict(), "loader": self.loader.state_dict()}
-        save_training_state(self.run_dir, self.n_samples, state)
+        save_training_state(run_dir, self.n_samples, state)
+        self.n_samples_saved = self.n_samples
 
-    def resume(self) -> None:
-        """Go on from the newest checkpoint of the run folder."""
-        self.n_samples, state = load_training_state(self.run_dir)
-        self.model.load_state_dict(load_weights(latest_checkpoint(self.run_dir)))
-        self.stepper.load_state_dict(state["stepper"])
-        self.loader.load_state_dict(state["loader"])
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint of the run."""
+        self.n_samples = self.n_samples_saved = checkpoint.n_samples
+        self.model.load_state_dict(checkpoint.weights)
+        self.stepper.load_state_dict(checkpoint.state["stepper"])
+        self.loader.load_state_dict(checkpoint.state["loader"])
 
-    def build_loader(self, data: DataConfig) -> TokenLoader:
+    def build_loader(self, data: DataConfig, num_workers: Literal[0, 1] = 1) -> TokenLoader:
         """Batches of this run's training or held-out data."""
         return build_loader(
             data,
@@ -101,31 +105,45 @@ class Trainer:
             seed=self.config.seed,
             d_vocab=self.config.model.d_vocab,
             model_n_ctx=self.config.model.n_ctx,
+            num_workers=num_workers,
         )
 
 
 def train_language_model(config: Config) -> None:
     """Train a model as `config` says, or go on with a run, and write its `model/` folder."""
-    run_name = config.run_name("tlens")
-    assert config.save_dir is not None, "the config's validator refuses null"
-    if config.resume is None:
-        run_dir = create_run_folder(config.save_dir, run_name)
-        write_config(run_dir, config)
-    else:
-        run_dir = config.resume
-    trainer = Trainer(config, run_dir)
-    if config.resume is not None:
-        trainer.resume()
+    trainer, run_dir = start(config) if config.resume is None else go_on(config, config.resume)
+    write_config(run_dir, trainer.config)
     with open_sinks(
         config,
-        run_name=run_name,
+        run_name=config.run_name("tlens"),
         run_dir=run_dir,
         n_ctx=config.train_data.n_ctx,
         start=trainer.n_samples,
     ) as sink:
-        trainer.train(sink)
-        trainer.save(sink)
-        finish(trainer, sink)
+        with held_interrupt() as is_interrupted:
+            trainer.train(sink, run_dir, is_interrupted)
+            trainer.save(sink, run_dir)
+        finish(trainer, sink, run_dir / MODEL_FOLDER)
+
+
+def start(config: Config) -> tuple[Trainer, Path]:
+    """A new run, and its folder, which is made once all that the config names has been opened."""
+    assert config.save_dir is not None, "the config's validator refuses null"
+    check_save_dir(config.save_dir)
+    trainer = Trainer(config, make_tokenizer(config))
+    run_dir = create_run_folder(config.save_dir, config.run_name("tlens"))
+    trainer.tokenizer.save_pretrained(run_dir / MODEL_FOLDER)
+    return trainer, run_dir
+
+
+def go_on(config: Config, run_dir: Path) -> tuple[Trainer, Path]:
+    """The run in `run_dir`, at its newest checkpoint."""
+    checkpoint = load_checkpoint(config, run_dir)
+    # The config that is kept is one from which the whole run can be repeated.
+    whole_run = config.model_copy(update={"resume": None})
+    trainer = Trainer(whole_run, load_tokenizer(str(run_dir / MODEL_FOLDER)))
+    trainer.resume(checkpoint)
+    return trainer, run_dir
 
 
 def next_token_loss(model: TrainableModel, tokens: Tensor) -> Tensor:
@@ -144,23 +162,19 @@ def loss_metrics(loss: TextLoss) -> dict[str, float]:
     }
 
 
-def make_tokenizer(config: Config, folder: Path) -> PreTrainedTokenizerBase:
-    """The run's tokenizer: from `folder` if the run goes on, else made and kept there."""
-    if config.resume is not None:
-        return load_tokenizer(str(folder))
+def make_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """The tokenizer of a new run: one that exists, or one trained on its data."""
     if config.tokenizer is None:
-        tokenizer = load_tokenizer(str(config.train_data.tokenizer_name))
-    else:
-        chunks = open_documents(config.train_data).chunks(np.random.default_rng(config.seed), None)
-        texts = (str(text) for chunk in chunks for text in chunk.documents)
-        tokenizer = train_tokenizer(texts, config.tokenizer.vocab_size)
-    tokenizer.save_pretrained(folder)
-    return tokenizer
+        return load_tokenizer(str(config.train_data.tokenizer_name))
+    chunks = open_documents(config.train_data).chunks(np.random.default_rng(config.seed), None)
+    texts = (str(text) for chunk in chunks for text in chunk.documents)
+    return train_tokenizer(texts, config.tokenizer.vocab_size)
 
 
-def finish(trainer: Trainer, sink: Sink) -> None:
+def finish(trainer: Trainer, sink: Sink, folder: Path) -> None:
     """Judge the model on all held-out text, beside the trigram baseline, and write its folder."""
-    config, folder = trainer.config, trainer.run_dir / MODEL_FOLDER
+    config = trainer.config
+    report_early_end(trainer, sink)
     save_language_model(folder, trainer.model, torch.float16)
     # What is measured is what is written: weights rounded to half precision.
     trainer.model.half().float()
@@ -172,6 +186,17 @@ def finish(trainer: Trainer, sink: Sink) -> None:
         f"bits per byte: {loss.bits_per_byte:.3f}, trigram model {baseline.bits_per_byte:.3f}\n"
         f"model, tokenizer and card: {folder}"
     )
+
+
+def report_early_end(trainer: Trainer, sink: Sink) -> None:
+    """Say so if the data ended before the config's number of samples."""
+    n_wanted = trainer.config.n_batches * trainer.config.batch_size
+    if trainer.n_samples < n_wanted:
+        sink.log({"train_data_ended_early": 1.0}, trainer.n_samples)
+        sink.console(
+            f"train_data: ended after {trainer.n_samples:,} of {n_wanted:,} samples, on which the "
+            "model was trained; give more data, or set train_data.n_epochs to repeat them"
+        )
 
 
 def trigram_loss(trainer: Trainer) -> TextLoss:

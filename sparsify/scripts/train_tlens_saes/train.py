@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from sparsify.sae_transformer import SAETransformer
 from sparsify.saved_runs import build_sae_transformer, model_identity
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.training.cadence import Cadence, Every
+from sparsify.training.interrupt import held_interrupt
 from sparsify.training.optimizers import build_adam
 from sparsify.training.plots import plot_training
 from sparsify.training.random_state import set_seed
@@ -69,8 +71,8 @@ class Trainer:
             max_grad_norm=config.max_grad_norm,
         )
 
-    def train(self, sink: Sink) -> None:
-        """Train until the config's number of samples, or the end of the data."""
+    def train(self, sink: Sink, is_interrupted: Callable[[], bool]) -> None:
+        """Train until the config's number of samples, the end of the data, or Ctrl-C."""
         cadence = Cadence.from_config(self.config)
         firing = FiringWindows(self.config, self.model)
         grad_norm = torch.zeros(())
@@ -93,6 +95,8 @@ class Trainer:
                 self.evaluate(sink)
             if cadence.save.due(self.n_samples):
                 self.save(sink)
+            if is_interrupted():
+                break
 
     def evaluate(self, sink: Sink) -> Evaluation | None:
         """Judge the SAEs on held-out text, once as they are. None: there is no such text."""
@@ -151,7 +155,9 @@ def train_saes(config: Config) -> None:
             n_ctx=config.train_data.n_ctx,
             metadata=model_identity(config),
         ) as sink:
-            run(trainer, sink)
+            with held_interrupt() as is_interrupted:
+                trainer.train(sink, is_interrupted)
+                trainer.save(sink)
             finish(trainer, sink, run_dir)
     except UserError:
         if run_dir is not None and trainer.n_samples == 0:  # nothing to keep
@@ -159,18 +165,8 @@ def train_saes(config: Config) -> None:
         raise
 
 
-def run(trainer: Trainer, sink: Sink) -> None:
-    """Train, and keep what was learned if the person interrupts it."""
-    try:
-        trainer.train(sink)
-    except KeyboardInterrupt:
-        if trainer.n_samples:
-            trainer.save(sink)
-        raise
-
-
 def finish(trainer: Trainer, sink: Sink, run_dir: Path | None) -> None:
-    """Save and judge the trained SAEs, and say what came out and how to load it."""
+    """Judge the trained SAEs, and say what came out and how to load it."""
     n_wanted = trainer.config.n_batches * trainer.config.batch_size
     if trainer.n_samples < n_wanted:
         sink.log({"train_data_ended_early": 1.0}, trainer.n_samples)
@@ -178,7 +174,6 @@ def finish(trainer: Trainer, sink: Sink, run_dir: Path | None) -> None:
             f"train_data: ended after {trainer.n_samples:,} of {n_wanted:,} samples, on which the "
             "SAEs were trained; give more data, or set train_data.n_epochs to repeat them"
         )
-    trainer.save(sink)
     if (evaluation := trainer.evaluate(sink)) is not None:
         print(format_table(evaluation))
     if run_dir is None:
