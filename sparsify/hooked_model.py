@@ -30,6 +30,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sparsify.base_config import UserError, nearest
+from sparsify.fused_blocks import FusedBlocks
 
 Hook = Callable[[Tensor], Tensor | None]
 """Takes the activation at a hook point. What it returns, if anything, replaces the activation."""
@@ -63,6 +64,8 @@ class HookedModel:
         self.is_bridge = not _is_hooked_transformer(model)
         self.n_blocks: int = model.cfg.n_layers
         self._n_more_outputs = self._count_more_outputs() if self.is_bridge else None
+        # Set it to None to have TransformerLens compute all blocks.
+        self.fused_blocks = None if self.is_bridge else FusedBlocks(model)
 
     @property
     def hook_names(self) -> list[str]:
@@ -148,13 +151,14 @@ class HookedModel:
                 if stop == prefix.n_blocks:
                     return self._call_between(resid, hooks, stop, _BLOCK_START)
                 stack.enter_context(self._blocks_return(resid, prefix.n_blocks))
-            if stop == self.n_blocks:
-                return self._run_to_final_norm(prefix.tokens, hooks)
-            with self.hooked(hooks):
-                resid = self.model(prefix.tokens, stop_at_layer=stop)
-        if not self.is_bridge:  # the bridge has called these hooks
-            resid = self._call_between(resid, hooks, stop, _BLOCK_START)
-        return resid
+            stack.enter_context(self.hooked(hooks))
+            if self.fused_blocks is not None:
+                stack.enter_context(self.fused_blocks.installed())
+            if self.is_bridge and stop == self.n_blocks:
+                return self._run_to_final_norm(prefix.tokens)
+            resid = self.model(prefix.tokens, stop_at_layer=stop)
+        # The bridge has called these hooks.
+        return resid if self.is_bridge else self._call_between(resid, hooks, stop, _BLOCK_START)
 
     def run_with_logits(
         self, tokens: Int[Tensor, "batch pos"], hooks: Mapping[str, Hook]
@@ -244,16 +248,12 @@ class HookedModel:
             fwd_hooks=[(name, _as_tlens_hook(hook)) for name, hook in hooks.items()]
         )
 
-    def _run_to_final_norm(self, tokens: Tensor, hooks: Mapping[str, Hook]) -> Tensor:
-        if not self.is_bridge:
-            with self.hooked(hooks):
-                return self.model(tokens, stop_at_layer=self.n_blocks)
-
+    def _run_to_final_norm(self, tokens: Tensor) -> Tensor:
         def leave(resid: Tensor) -> None:
             raise _ReachedFinalNorm(resid)
 
         try:
-            with self.hooked({**hooks, "ln_final.hook_in": leave}):
+            with self.hooked({"ln_final.hook_in": leave}):
                 self.model(tokens)
         except _ReachedFinalNorm as reached:
             return reached.resid
