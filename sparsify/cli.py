@@ -15,6 +15,7 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
 COMMANDS = {
+    "benchmark": "sparsify.scripts.benchmark.run_benchmark",
     "train-saes": "sparsify.scripts.train_tlens_saes.run_train_tlens_saes",
     "train-lm": "sparsify.scripts.train_tlens.run_train_tlens",
 }

@@ -31,6 +31,9 @@ to their logits if asked for. It must not write to the logits, which a backward 
 # (vocabulary 4096). An accelerator needs larger pieces to be busy.
 CPU_CHUNK_BYTES = 8 * 2**20
 ACCELERATOR_CHUNK_BYTES = 256 * 2**20
+# Each chunk reads the whole unembedding, which must be worth it: with a vocabulary of 50,257 the KL
+# of 41 tokens at a time (8 MiB) took 1.6 times as long as of 128 at width 768, 1.3 times at 64.
+MIN_CHUNK_TOKENS = 128
 
 
 def chunked_kl(
@@ -179,7 +182,7 @@ def fast_chunk_size(rows: Float[Tensor, "token d_model"], unembed: Unembed) -> i
     with torch.no_grad():
         d_vocab = unembed(rows[:0]).shape[-1]
     n_bytes = CPU_CHUNK_BYTES if rows.device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
-    return max(1, n_bytes // (4 * d_vocab))
+    return max(MIN_CHUNK_TOKENS, n_bytes // (4 * d_vocab))
 
 
 def _log_softmax(logits: Tensor) -> Tensor:

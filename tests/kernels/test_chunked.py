@@ -157,10 +157,19 @@ def test_no_more_rows_than_the_chunk_size_have_logits_at_a_time():
 
 
 def test_default_chunk_bounds_the_bytes_of_logits(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("sparsify.kernels.chunked.CPU_CHUNK_BYTES", 4 * 6 * 2)
+    monkeypatch.setattr("sparsify.kernels.chunked.CPU_CHUNK_BYTES", 4 * 6 * 200)
     unembed = CountRows(SoftCapped(4, 6, torch.float32))
-    chunked_cross_entropy(torch.randn(5, 4), torch.arange(5), unembed)
-    assert unembed.n_rows == [0, 2, 2, 1]  # the first asks for the size of the vocabulary
+    chunked_cross_entropy(torch.randn(500, 4), torch.arange(500) % 6, unembed)
+    assert unembed.n_rows == [0, 200, 200, 100]  # the first asks for the size of the vocabulary
+
+
+def test_default_chunk_has_enough_tokens_to_be_worth_reading_the_unembedding(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("sparsify.kernels.chunked.CPU_CHUNK_BYTES", 1)
+    unembed = CountRows(SoftCapped(4, 6, torch.float32))
+    chunked_cross_entropy(torch.randn(200, 4), torch.arange(200) % 6, unembed)
+    assert unembed.n_rows == [0, 128, 72]
 
 
 def test_low_precision_logits_are_compared_in_float32():

@@ -1,0 +1,105 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsify.forward_plan import derive_plan
+from sparsify.losses import LossConfig
+from sparsify.sae_transformer import SAETransformer
+from sparsify.scripts.benchmark import floor, measure
+from sparsify.scripts.benchmark.reference_step import ReferenceStepper
+from sparsify.scripts.benchmark.run_benchmark import main
+from sparsify.scripts.benchmark.shapes import MODES, SHAPES, Shape
+
+pytestmark = pytest.mark.model
+
+SMALL = Shape(3, 16, 2, 64, batch_size=4, n_ctx=8, block=1, ratio=32.0)
+CPU = torch.device("cpu")
+
+
+def build() -> SAETransformer:
+    model = SAETransformer(measure.build_model(SMALL, CPU), SMALL.position, SMALL.ratio)
+    measure.make_sparse(model, SMALL.position, torch.randint(64, (4, 8)))
+    return model
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_both_steps_compute_the_same(mode: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(measure, "LR", 1e-2)
+    model, loss = build(), LossConfig.model_validate(SMALL.loss(mode))
+    sae = model.saes.at(SMALL.position)
+    reference = ReferenceStepper(model.tlens_model, sae, SMALL.position, loss, lr=1e-2)
+    ours = measure.OurStepper(model, loss)
+    for _ in range(3):
+        tokens = torch.randint(64, (4, 8))
+        torch.testing.assert_close(ours.step(tokens), reference.step(tokens), rtol=1e-4, atol=1e-5)
+    trained = {name: weight.detach() for name, weight in sae.named_parameters()}
+    for name, weight in (("encoder.0.bias", reference.b_enc), ("decoder.bias", reference.b_dec)):
+        torch.testing.assert_close(trained[name], weight.detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_sae_is_as_sparse_as_a_trained_one():
+    stepper = measure.OurStepper(build(), LossConfig.model_validate(SMALL.loss("local")))
+    stepper.measure_l0(torch.randint(64, (32, 8)))
+    assert 16 < stepper.l0 < 64
+
+
+def test_operations_of_a_step_by_hand():
+    model = build()
+    n_tokens, d, n_dict, vocab, l0 = 32, 16, 512, 64, 30
+    block, attention = 2 * (4 * d**2 + 8 * d**2), 2 * 8 * d
+    sae = 2 * d * n_dict + 8 * d * l0
+    # One block before the SAE, a raw suffix of two, a spliced one of two, forward and backward.
+    e2e = 3 * (block + attention) + 2 * (2 * block + 3 * attention) + 6 * d * vocab + sae
+    for mode, expected in (("local", block + attention + sae), ("e2e", e2e)):
+        loss = LossConfig.model_validate(SMALL.loss(mode))
+        plan = derive_plan(model.hooked_model, [SMALL.position], loss)
+        assert floor.step_flops(SMALL, plan, l0) == n_tokens * expected
+
+
+def test_peak_counts_what_lives_at_the_same_time():
+    kept = []
+
+    def step(tokens: torch.Tensor) -> torch.Tensor:
+        if not kept:
+            kept.append(torch.zeros(1000))  # 4,000 bytes that stay
+        first = torch.zeros(2000)  # 8,000 bytes, gone before the next
+        del first
+        return torch.zeros(3000)  # 12,000 bytes
+
+    assert measure.peak_bytes(step, torch.zeros(1), CPU) == 4_000 + 12_000
+
+
+@pytest.mark.slow
+def test_a_row_is_printed_and_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setitem(SHAPES, "small", SMALL)
+    path = tmp_path / "rows.json"
+    options = ["--shape", "small", "--mode", "e2e", "--n-steps", "2", "--json", str(path)]
+    assert main(options) == 0
+    (row,) = json.loads(path.read_text())
+    assert (row["shape"], row["mode"]) == ("small", "e2e")
+    ratio = row["tokens_per_s"] / row["reference_tokens_per_s"]
+    assert row["speedup"] == pytest.approx(ratio)
+    assert min(row["extra_mb"], row["reference_extra_mb"], row["floor_ratio"]) > 0
+    assert "small      e2e" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--shape", "huge"], "invalid choice: 'huge'"),
+        (["--n-steps", "0"], "--n-steps: 0 gives no median; set it to 1 or more"),
+        (["--json", "no/such/rows.json"], "--json: there is no folder 'no/such'; make it first"),
+        (["--shape", "gpt2-full"], "--shape: gpt2-full needs a GPU; add --device cuda"),
+    ],
+)
+def test_bad_options_are_rejected(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as stopped:
+        main(options)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
