@@ -28,6 +28,11 @@ from sparsify.saved_runs import build_sae_transformer, model_identity
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.training.cadence import Cadence, Every
 from sparsify.training.interrupt import held_interrupt
+from sparsify.training.memory import (
+    estimate_memory,
+    explained_out_of_memory,
+    format_estimate,
+)
 from sparsify.training.optimizers import build_adam
 from sparsify.training.plots import plot_training
 from sparsify.training.random_state import set_seed
@@ -114,6 +119,11 @@ class Trainer:
             sink.save(self.model.saes.state_dict(), self.n_samples)
             self.n_samples_saved = self.n_samples
 
+    def estimate_memory(self) -> dict[str, int]:
+        """Bytes that a step takes, by what for."""
+        n_tokens = self.config.batch_size * self.config.train_data.n_ctx
+        return estimate_memory(self.model, self.plan, n_tokens)
+
     def build_loader(self, data: DataConfig, num_workers: Literal[0, 1] = 1) -> TokenLoader:
         """Batches of training or held-out data."""
         tlens_model: Any = self.model.tlens_model  # its attributes are not declared
@@ -155,7 +165,9 @@ def train_saes(config: Config) -> None:
             n_ctx=config.train_data.n_ctx,
             metadata=model_identity(config),
         ) as sink:
-            with held_interrupt() as is_interrupted:
+            memory = trainer.estimate_memory()
+            sink.console(format_estimate(memory))
+            with held_interrupt() as is_interrupted, explained_out_of_memory(memory):
                 trainer.train(sink, is_interrupted)
                 trainer.save(sink)
             finish(trainer, sink, run_dir)

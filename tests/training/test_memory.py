@@ -1,0 +1,59 @@
+from typing import Any
+
+import pytest
+import torch
+
+from sparsify.base_config import UserError
+from sparsify.forward_plan import ForwardPlan, derive_plan
+from sparsify.losses import LossConfig
+from sparsify.sae_transformer import SAETransformer
+from sparsify.scripts.benchmark.measure import OurStepper, build_model, peak_bytes
+from sparsify.scripts.benchmark.shapes import MODES, Shape
+from sparsify.training.memory import estimate_memory, explained_out_of_memory, format_estimate
+
+CPU = torch.device("cpu")
+SHAPE = Shape(4, 64, 2, 512, batch_size=8, n_ctx=64, block=1, ratio=16.0)
+
+
+def plan_of(model: SAETransformer, mode: str) -> ForwardPlan:
+    loss = LossConfig.model_validate(SHAPE.loss(mode))
+    return derive_plan(model.hooked_model, model.raw_sae_positions, loss)
+
+
+@pytest.mark.model
+def test_terms_by_hand(tiny_model: Any):
+    model = SAETransformer(tiny_model, "blocks.1.hook_resid_pre", 2.0)
+    loss = LossConfig.model_validate({"sparsity": {"coeff": 1.0}, "logits_kl": {"coeff": 1.0}})
+    plan = derive_plan(model.hooked_model, model.raw_sae_positions, loss)
+    terms = estimate_memory(model, plan, n_tokens=10)
+    weights = 16 * 32 + 32 + 32 * 16 + 16  # encoder and decoder of 32 elements
+    assert terms["SAEs"] == terms["gradients"] == 4 * weights
+    assert terms["Adam's state"] == 2 * 4 * weights
+    assert terms["SAE activations"] == 4 * 10 * (2 * 16 + 3 * 32)
+    # Two blocks behind the SAE, with an MLP of 32, and both final residual streams.
+    assert terms["block activations"] == 4 * 10 * (2 * (6 * 16 + 32) + 2 * 16)
+    assert terms["logits"] == 4 * 5 * 10 * 64
+    assert list(terms.values()) == sorted(terms.values(), reverse=True)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("mode", MODES)
+def test_estimate_is_near_what_a_step_takes(mode: str):
+    model = SAETransformer(build_model(SHAPE, CPU), SHAPE.position, SHAPE.ratio)
+    terms = estimate_memory(model, plan_of(model, mode), SHAPE.n_tokens)
+    stepper = OurStepper(model, LossConfig.model_validate(SHAPE.loss(mode)))
+    measured = peak_bytes(stepper.step, torch.randint(512, (8, 64)), CPU)
+    estimated = sum(terms.values()) - terms["model"] - terms["SAEs"]
+    assert measured / 1.5 < estimated < measured * 1.5
+
+
+def test_estimate_is_one_line():
+    line = format_estimate({"logits": 2_500_000_000, "model": 4_200_000})
+    assert line == "memory of a step, estimated: 2,504 MB (logits 2,500, model 4)"
+
+
+def test_out_of_memory_names_the_largest_term_that_a_setting_shrinks():
+    terms = {"model": 9_000_000, "SAE activations": 5_000_000, "logits": 1_000_000}
+    message = r"^device: out of memory \(CUDA out of memory\)\. The memory of a step.*Lower batch_s"
+    with pytest.raises(UserError, match=message), explained_out_of_memory(terms):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ...")
