@@ -60,7 +60,7 @@ def chunked_kl(
         with torch.no_grad():
             log_orig = _log_softmax(unembed(orig_rows[rows]))
         p_orig = log_orig.exp()
-        total = torch.linalg.vecdot(p_orig, log_orig.sub_(log_new)).sum()
+        total = torch.dot(p_orig.flatten(), log_orig.sub_(log_new).flatten())
         # d KL / d logits_new = p_new - p_orig
         return total, log_new.exp_().sub_(p_orig) if with_grad else None
 
