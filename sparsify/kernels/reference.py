@@ -24,3 +24,15 @@ def full_cross_entropy(
     """See `sparsify.kernels.chunked.chunked_cross_entropy`."""
     logits = unembed(resid)
     return F.cross_entropy(logits.flatten(end_dim=-2), targets.flatten())
+
+
+def dense_relu_sae(
+    input: Float[Tensor, "*sample d_act"],
+    encoder_weight: Float[Tensor, "n_dict d_act"],
+    encoder_bias: Float[Tensor, " n_dict"],
+    elements: Float[Tensor, "n_dict d_act"],
+    decoder_bias: Float[Tensor, " d_act"],
+) -> tuple[Float[Tensor, "*sample n_dict"], Float[Tensor, "*sample d_act"]]:
+    """The code and the output of a ReLU SAE, see `sparsify.kernels.sparse.decode_active`."""
+    c = F.relu(F.linear(input, encoder_weight, encoder_bias))
+    return c, F.linear(c, F.normalize(elements, dim=1).T, decoder_bias)

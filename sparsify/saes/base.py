@@ -15,6 +15,10 @@ from sparsify.saes.acts import SAEActs
 class SAE(nn.Module, ABC):
     """A sparse autoencoder: `encode` makes a sparse code, `decode` an activation from it."""
 
+    row_sparse_grads: bool = False
+    """Whether gradients of matrices may be sparse COO tensors, which hold the rows of active
+    elements alone. The optimizer must take them, as that of `build_adam` does."""
+
     def __init__(self, d_act: int, n_dict: int) -> None:
         super().__init__()
         self.d_act = d_act

@@ -7,13 +7,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Muon, Optimizer
+from torch.optim.adam import adam
 
 BLOCK_LISTS = {"blocks", "layers"}
 
+BLOCK_NUMEL = 2**21
+"""Weights that move at a time under a row-sparse gradient, which is dense for so long. A matrix of
+46,080 x 768 with gradients in 7,580 rows took 48 to 54 ms of one core in blocks of 2^19 to 2^23,
+and 42 ms with a dense gradient that was already there; blocks of 2^16 took four times as long."""
+
 
 def build_adam(parameters: Iterable[nn.Parameter], lr: float) -> Adam:
-    """Adam with torch's default betas, as one fused kernel per step."""
-    return Adam(parameters, lr=lr, fused=True)
+    """Adam with torch's default betas, in fused kernels; it takes row-sparse gradients."""
+    return RowSparseAdam(parameters, lr=lr, fused=True)
 
 
 def build_muon(
@@ -40,6 +46,72 @@ def build_muon(
         muon_class(matrices, lr=lr, weight_decay=0.0),
         AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
+
+
+class RowSparseAdam(Adam):
+    """`torch.optim.Adam` that also takes gradients which are sparse COO tensors of whole rows.
+
+    Unlike `torch.optim.SparseAdam` it moves every row, as the dense gradient would: where that is
+    zero, the moments decay and the weights go on moving. State and settings are those of the
+    parent, so either can load the other's state.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        sparse_grads: list[tuple[nn.Parameter, Tensor]] = []
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and parameter.grad.is_sparse:
+                    sparse_grads.append((parameter, parameter.grad))
+                    self._step_by_blocks(parameter, parameter.grad.coalesce(), group)
+                    parameter.grad = None  # the parent's step leaves it out
+        super().step()
+        for parameter, gradient in sparse_grads:
+            parameter.grad = gradient
+        return loss
+
+    def _step_by_blocks(
+        self, parameter: nn.Parameter, gradient: Tensor, group: Mapping[str, Any]
+    ) -> None:
+        # `Any`: torch keeps settings of different types in one dictionary.
+        assert not group["amsgrad"], "build_adam does not set it"
+        assert parameter.is_contiguous(), "the fused kernel reads rows as one piece of memory"
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        n_rows = max(1, BLOCK_NUMEL // parameter[0].numel())
+        starts = torch.arange(0, len(parameter) + n_rows, n_rows, device=parameter.device)
+        (index,), values = gradient.indices(), gradient.values()
+        bounds = torch.searchsorted(index, starts).tolist()
+        dense = torch.zeros_like(parameter[:n_rows])
+        for start, first, last in zip(starts.tolist(), bounds, bounds[1:], strict=False):
+            rows, within = slice(start, start + n_rows), index[first:last] - start
+            dense.index_copy_(0, within, values[first:last])
+            adam(
+                [parameter[rows]],
+                [dense[: len(parameter) - start]],
+                [state["exp_avg"][rows]],
+                [state["exp_avg_sq"][rows]],
+                [],
+                [state["step"].clone()],
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=group["maximize"],
+            )
+            dense.index_fill_(0, within, 0)
+        state["step"] += 1
 
 
 class Float32Muon(Muon):

@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -14,7 +15,7 @@ class GradientStepper:
     """Turns the losses of batches into optimizer steps.
 
     For a loss that is a plain mean over samples, `n_accumulation_steps` batches give the step of
-    one batch with all their samples.
+    one batch with all their samples. Gradients may be sparse COO tensors of whole rows.
 
     Args:
         parameters: What the optimizers move. Their gradients are clipped together.
@@ -53,14 +54,23 @@ class GradientStepper:
             Norm of the averaged gradient before clipping if a step was taken. None otherwise.
         """
         (loss / self.n_accumulation_steps).backward()
+        for parameter in self.parameters:
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                parameter.grad = merge_rows(parameter.grad)
         self._n_batches_in_step += 1
         if self._n_batches_in_step < self.n_accumulation_steps:
             return None
         self._n_batches_in_step = 0
         self.n_steps += 1
-        grad_norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        values = [grad.values() if grad.is_sparse else grad for grad in grads]
+        grad_norm = get_total_norm(values)
         if self.max_grad_norm is not None:
-            clip_grads_with_norm_(self.parameters, self.max_grad_norm, grad_norm)
+            # As `torch.nn.utils.clip_grad_norm_`, without which a row-sparse gradient would forget
+            # that its rows are in order.
+            scale = (self.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
+            for value in values:
+                value.mul_(scale)
         for stepped in (*self.optimizers, *self.schedulers):
             stepped.step()
         for optimizer in self.optimizers:
@@ -87,3 +97,20 @@ class GradientStepper:
             parameter.grad = None if gradient is None else gradient.to(parameter)
         self._n_batches_in_step = state["n_batches_in_step"]
         self.n_steps = state["n_steps"]
+
+
+def merge_rows(gradient: Tensor) -> Tensor:
+    """A row-sparse gradient with each row once, or dense if most rows are there."""
+    # The gradients of several batches are added by listing the rows of each, and even that of one
+    # batch loses its mark as being in order, without which torch would sort and copy the rows.
+    (index,) = gradient._indices()
+    if not (index[1:] > index[:-1]).all():
+        gradient = gradient.coalesce()
+        return gradient if 2 * len(gradient.values()) <= len(gradient) else gradient.to_dense()
+    return torch.sparse_coo_tensor(
+        gradient._indices(),
+        gradient._values(),
+        gradient.shape,
+        is_coalesced=True,
+        check_invariants=False,
+    )

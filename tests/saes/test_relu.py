@@ -1,7 +1,11 @@
+import copy
+
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+from sparsify.kernels.sparse import find_active
 from sparsify.saes.relu import ReLUSAE
 
 
@@ -55,16 +59,16 @@ def test_the_scale_of_the_decoder_does_not_matter():
     x = torch.randn(2, 5, 4)
     before = sae(x).output
     with torch.no_grad():
-        sae.decoder.weight *= torch.rand(9) + 0.5
+        sae.decoder.weight.mul_(torch.rand(9) + 0.5)
     torch.testing.assert_close(sae(x).output, before)
 
 
 def test_output_and_gradients_equal_the_formula():
     sae = ReLUSAE(4, 9).double()
     x = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
-    enc_w, enc_b, dec_w, dec_b = sae.parameters()
+    enc_w, enc_b, elements, dec_b = sae.parameters()
     c = torch.clamp(x @ enc_w.T + enc_b, min=0)
-    expected = c @ F.normalize(dec_w, dim=0, eps=1e-12).T + dec_b
+    expected = c @ F.normalize(elements, dim=1, eps=1e-12) + dec_b
     acts = sae(x)
     torch.testing.assert_close((acts.c, acts.output), (c, expected))
     wanted = [x, *sae.parameters()]
@@ -79,3 +83,67 @@ def test_elements_have_unit_norm_whatever_the_weight():
     with torch.no_grad():
         sae.decoder.weight.normal_(std=3.0)
     torch.testing.assert_close(sae.dict_elements.norm(dim=-1), torch.ones(9))
+
+
+def large_sparse_sae() -> tuple[ReLUSAE, torch.Tensor]:
+    """An SAE whose code is so sparse that active entries are worked with alone, and its input."""
+    sae = ReLUSAE(64, 1024)
+    with torch.no_grad():
+        sae.get_parameter("encoder.0.bias").sub_(1.3)
+    x = torch.randn(4, 64, 64)
+    assert find_active(sae.encode(x), d_act=64) is not None
+    return sae, x
+
+
+@pytest.mark.parametrize("row_sparse_grads", [False, True])
+def test_a_sparse_code_gives_what_encoding_and_decoding_give(row_sparse_grads: bool):
+    sae, x = large_sparse_sae()
+    sae.row_sparse_grads = row_sparse_grads
+    acts, c = sae(x), sae.encode(x)
+    output = sae.decode(c)
+    torch.testing.assert_close((acts.c, acts.output), (c, output))
+    grads, expected = (
+        torch.autograd.grad(code.mean() + out.square().mean(), list(sae.parameters()))
+        for code, out in ((acts.c, acts.output), (c, output))
+    )
+    torch.testing.assert_close(tuple(grad.to_dense() for grad in grads), expected)
+
+
+def test_a_sparse_code_needs_no_graph():
+    sae, x = large_sparse_sae()
+    expected = sae(x).output
+    with torch.no_grad():
+        torch.testing.assert_close(sae(x).output, expected, rtol=0, atol=0)
+    with torch.inference_mode():
+        torch.testing.assert_close(sae(x).output, expected, rtol=0, atol=0)
+
+
+def test_weights_that_are_not_finite_show_in_the_output():
+    sae, x = large_sparse_sae()
+    with torch.no_grad():
+        sae.get_parameter("encoder.0.bias")[7] = float("nan")
+    assert sae(x).output.isnan().all()
+
+
+def test_the_decoder_loads_and_saves_as_a_linear_layer():
+    linear = nn.Linear(7, 3)
+    sae = ReLUSAE(3, 7)
+    sae.decoder.load_state_dict(linear.state_dict())
+    c = torch.rand(2, 7)
+    torch.testing.assert_close(
+        sae.decode(c), F.linear(c, F.normalize(linear.weight, dim=0), linear.bias)
+    )
+    saved = sae.decoder.state_dict()
+    assert list(saved) == list(linear.state_dict())
+    assert all(tensor.is_contiguous() for tensor in saved.values())
+    torch.testing.assert_close(saved, linear.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_copies_and_casts_keep_elements_in_one_piece(assign: bool):
+    sae = copy.deepcopy(ReLUSAE(3, 7)).double()
+    other = ReLUSAE(3, 7)
+    sae.load_state_dict(other.state_dict(), assign=assign)
+    assert sae.decoder.elements.is_contiguous()
+    torch.testing.assert_close(sae.decoder.weight.float(), other.decoder.weight, rtol=0, atol=0)
+    assert [name for name, _ in sae.named_parameters()][2:] == ["decoder.elements", "decoder.bias"]

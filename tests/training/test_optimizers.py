@@ -1,8 +1,10 @@
 import pytest
 import torch
 from torch import nn
-from torch.optim import Muon
+from torch.nn import functional as F
+from torch.optim import Adam, Muon
 
+from sparsify.training import optimizers
 from sparsify.training.optimizers import Float32Muon, build_adam, build_muon, orthogonalize
 
 
@@ -55,3 +57,39 @@ def test_first_adam_step_is_the_learning_rate():
     parameter.grad = torch.tensor([1.0, -2.0, 4.0])  # Adam's first step is lr times the sign.
     build_adam([parameter], lr=0.5).step()
     torch.testing.assert_close(parameter.detach(), torch.tensor([-0.5, 0.5, -0.5]))
+
+
+def test_rows_without_gradient_go_on_moving():
+    parameter = nn.Parameter(torch.zeros(2, 1))
+    adam = build_adam([parameter], lr=0.5)
+    for row in (0, 1):
+        adam.zero_grad()
+        F.embedding(torch.tensor([row]), parameter, sparse=True).sum().backward()
+        adam.step()
+    # Row 0 has gradients 1 and 0: after lr by sign, m = 0.9 * 0.1 over 1 - 0.9^2 is 0.473684 and
+    # v = 0.999 * 0.001 over 1 - 0.999^2 is 0.499750, so 0.5 * 0.473684 / 0.706930 = 0.335029 more.
+    # Row 1 has gradients 0 and 1: m = 0.1 over 0.19, v = 0.001 over 0.001999, so 0.5 * 0.744138.
+    torch.testing.assert_close(parameter.detach(), torch.tensor([[-0.835029], [-0.372069]]))
+
+
+def test_adam_takes_row_sparse_gradients_as_it_takes_dense_ones(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(optimizers, "BLOCK_NUMEL", 12)  # 3 rows
+    (ours,), (theirs,) = _matrices((10, 4)), _matrices((10, 4))
+    ours_adam, theirs_adam = build_adam([ours], lr=0.1), Adam([theirs], lr=0.1)
+    for step in range(5):
+        rows, weights = torch.randint(10, (4,)), torch.randn(4, 4)
+        for parameter, adam in ((ours, ours_adam), (theirs, theirs_adam)):
+            adam.zero_grad()
+            # Dense in one step of the five.
+            taken = F.embedding(rows, parameter, sparse=parameter is ours and step != 3)
+            (taken * weights).sum().backward()
+            adam.step()
+        if step == 2:  # Each goes on from the state of the other.
+            states = ours_adam.state_dict(), theirs_adam.state_dict()
+            ours_adam, theirs_adam = build_adam([ours], lr=0.1), Adam([theirs], lr=0.1)
+            theirs_adam.load_state_dict(states[0])
+            ours_adam.load_state_dict(states[1])
+    torch.testing.assert_close(ours, theirs)
+    ours_state, theirs_state = ours_adam.state[ours], theirs_adam.state[theirs]
+    torch.testing.assert_close(ours_state["exp_avg_sq"], theirs_state["exp_avg_sq"])
+    assert ours_state["step"] == theirs_state["step"] == 5

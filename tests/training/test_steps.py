@@ -3,11 +3,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import LambdaLR
 
 from sparsify.training.checkpoints import load_training_state, save_training_state
-from sparsify.training.steps import GradientStepper
+from sparsify.training.optimizers import build_adam
+from sparsify.training.steps import GradientStepper, merge_rows
 
 
 def _stepper(
@@ -78,3 +80,52 @@ def test_run_resumed_in_the_middle_of_a_step_goes_on_alike(tmp_path: Path):
     run(resumed, stepper, inputs[5:])
     assert torch.equal(resumed, whole)
     assert stepper.n_steps == 5
+
+
+@pytest.mark.parametrize("n_accumulation_steps", [1, 2])
+@pytest.mark.parametrize("max_grad_norm", [None, 0.1])
+def test_row_sparse_gradients_give_the_steps_of_dense_ones(
+    tmp_path: Path, max_grad_norm: float | None, n_accumulation_steps: int
+):
+    def start(weights: Tensor) -> tuple[nn.Parameter, GradientStepper]:
+        parameter, bias = nn.Parameter(weights.clone()), nn.Parameter(torch.zeros(3))
+        return parameter, GradientStepper(
+            [parameter, bias],
+            [build_adam([parameter, bias], lr=0.1)],
+            [],
+            n_accumulation_steps=n_accumulation_steps,
+            max_grad_norm=max_grad_norm,
+        )
+
+    def backward(stepper: GradientStepper, tokens: Tensor, is_sparse: bool) -> Tensor | None:
+        parameter, bias = stepper.parameters
+        return stepper.backward((F.embedding(tokens, parameter, sparse=is_sparse) + bias).norm())
+
+    weights = torch.randn(20, 3)
+    ours, ours_stepper = start(weights)
+    theirs, theirs_stepper = start(weights)
+    for index, tokens in enumerate(torch.randint(20, (5 * n_accumulation_steps, 4))):
+        norms = backward(ours_stepper, tokens, True), backward(theirs_stepper, tokens, False)
+        torch.testing.assert_close(*norms)
+        if index == 4:  # with accumulation, in the middle of a step
+            save_training_state(tmp_path, 5, {"stepper": ours_stepper.state_dict()})
+            bias = ours_stepper.parameters[1].detach()
+            ours, ours_stepper = start(ours.detach())
+            ours_stepper.parameters[1].data.copy_(bias)
+            ours_stepper.load_state_dict(load_training_state(tmp_path)[1]["stepper"])
+    assert ours_stepper.n_steps == 5
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_rows_of_several_batches_are_added():
+    rows = torch.tensor([[1.0], [2.0], [4.0]])
+    summed = torch.sparse_coo_tensor(torch.tensor([[5, 0, 5]]), rows, (6, 1), check_invariants=True)
+    merged = merge_rows(summed)
+    assert merged.indices().tolist() == [[0, 5]]
+    assert merged.values().tolist() == [[2.0], [5.0]]
+
+
+def test_a_gradient_with_most_rows_becomes_dense():
+    index = torch.tensor([[2, 0, 2]])
+    summed = torch.sparse_coo_tensor(index, torch.ones(3, 1), (3, 1), check_invariants=True)
+    torch.testing.assert_close(merge_rows(summed), torch.tensor([[1.0], [0.0], [2.0]]))

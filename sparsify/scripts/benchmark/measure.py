@@ -82,6 +82,8 @@ class OurStepper:
         self.model = model
         self.loss = loss
         self.plan = derive_plan(model.hooked_model, model.raw_sae_positions, loss)
+        for position in model.raw_sae_positions:
+            model.saes.at(position).row_sparse_grads = True
         parameters = list(model.saes.parameters())
         self.stepper = GradientStepper(
             parameters, [build_adam(parameters, LR)], [], max_grad_norm=10.0

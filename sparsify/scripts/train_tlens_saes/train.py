@@ -67,6 +67,8 @@ class Trainer:
                 "saes.retrain_saes: false leaves nothing to train, since all SAEs come from "
                 "pretrained_sae_paths; set it to true"
             )
+        for position in self.model.raw_sae_positions:
+            self.model.saes.at(position).row_sparse_grads = True  # which this optimizer takes
         optimizers = [build_adam(parameters, config.lr)]
         self.stepper = GradientStepper(
             parameters,
