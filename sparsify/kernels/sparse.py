@@ -35,12 +35,14 @@ EPS = 1e-12
 """Norms below are taken for this, as `F.normalize` does."""
 
 MAX_ACTIVE_SHARE = 0.04
-MIN_DENSE_SIZE = 2**24
+MIN_DENSE_SIZE = 2**25
 """Active entries up to this share are worked with alone, if tokens x n_dict x d_act is this large.
 
-Forward and backward pass together, on one and on two cores with AVX-512, took as long as dense ones
-at a share of 0.05 to 0.1 for tokens x n_dict x d_act from 1024 x 3200 x 64 to 256 x 12,288 x 768,
-at 0.02 to 0.03 for 256 x 1024 x 64 = 2^24, and at 0.01 for half of that."""
+On two cores with AVX-512, forward and backward pass together took as long as dense ones at a share
+of 0.05 to 0.1 for 1024 x 3200 x 64 and larger sizes, at 0.015 for 512 x 1024 x 64 = 2^25 and at
+0.005 for half of that; at a share of 0.01 they took half the time of dense ones at 1024 x 3200 x 64
+and a third at 4096 x 2048 x 128. For one token of 12,288 x 768 it was less than a tenth up to 0.1.
+"""
 
 BLOCK_ROWS = 1024
 """Rows that are gathered at a time, few enough to stay in the cache."""

@@ -140,10 +140,10 @@ def test_gradients_of_two_batches_add_up():
 
 
 def test_entries_are_found_where_a_code_is_sparse_and_large():
-    c = torch.zeros(32, 1024)
+    c = torch.zeros(64, 1024)
     c[3, 5] = 1.0
     c[30, 7] = float("nan")
-    entries = find_active(c, d_act=512)  # 2^24
+    entries = find_active(c, d_act=512)  # 2^25
     assert entries is not None
     assert (entries.token.tolist(), entries.element.tolist()) == ([3, 30], [5, 7])
     assert find_active(c, d_act=511) is None

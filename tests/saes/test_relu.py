@@ -90,7 +90,7 @@ def large_sparse_sae() -> tuple[ReLUSAE, torch.Tensor]:
     sae = ReLUSAE(64, 1024)
     with torch.no_grad():
         sae.get_parameter("encoder.0.bias").sub_(1.3)
-    x = torch.randn(4, 64, 64)
+    x = torch.randn(8, 64, 64)
     assert find_active(sae.encode(x), d_act=64) is not None
     return sae, x
 
