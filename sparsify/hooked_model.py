@@ -134,7 +134,7 @@ class HookedModel:
         return Prefix(tokens, n_blocks, resid)
 
     def run(
-        self, prefix: Prefix, hooks: Mapping[str, Hook], stop: int
+        self, prefix: Prefix, hooks: Mapping[str, Hook], stop: int, *, fused: bool = True
     ) -> Float[Tensor, "batch pos d_model"]:
         """Run on from `prefix` to block `stop - 1` and return the residual stream after it.
 
@@ -143,6 +143,7 @@ class HookedModel:
             hooks: By hook point. Those at the residual stream where the run starts and ends are
                 called too; no hook must lie before the start.
             stop: Block before which to stop; the number of blocks runs all of them.
+            fused: Whether blocks may be fused, which is faster and equal but for rounding.
         """
         with ExitStack() as stack:
             if prefix.resid is not None:
@@ -152,7 +153,7 @@ class HookedModel:
                     return self._call_between(resid, hooks, stop, _BLOCK_START)
                 stack.enter_context(self._blocks_return(resid, prefix.n_blocks))
             stack.enter_context(self.hooked(hooks))
-            if self.fused_blocks is not None:
+            if fused and self.fused_blocks is not None:
                 stack.enter_context(self.fused_blocks.installed())
             if self.is_bridge and stop == self.n_blocks:
                 return self._run_to_final_norm(prefix.tokens)

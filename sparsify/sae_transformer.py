@@ -112,9 +112,8 @@ class SAETransformer(nn.Module):
             logits = self.hooked_model.run_with_logits(tokens, hooks)
         else:
             stops = map(self.hooked_model.stop_block, positions)
-            self.hooked_model.run(
-                Prefix(tokens), hooks, max(stops) if final_layer is None else final_layer
-            )
+            stop = max(stops) if final_layer is None else final_layer
+            self.hooked_model.run(Prefix(tokens), hooks, stop, fused=False)
         if final_layer is None:
             _check_fired(positions, acts)
         return logits, acts
