@@ -165,6 +165,19 @@ class WandbSink(NullSink):
         self._run.finish(exit_code=int(has_failed))
 
 
+def report_early_end(sink: Sink, n_samples: int, n_wanted: int, trained: str) -> None:
+    """Say so, on the terminal and in the log, if the data ended before `n_wanted` samples.
+
+    `trained` says what learned from them, as in "the model was".
+    """
+    if n_samples < n_wanted:
+        sink.log({"train_data_ended_early": 1.0}, n_samples)
+        sink.console(
+            f"train_data: ended after {n_samples:,} of {n_wanted:,} samples, on which {trained} "
+            "trained; give more data, or set train_data.n_epochs to repeat them"
+        )
+
+
 @contextmanager
 def open_sinks(
     config: TrainingConfig,

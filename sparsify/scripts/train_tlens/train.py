@@ -29,7 +29,7 @@ from sparsify.training.optimizers import build_muon
 from sparsify.training.random_state import set_seed
 from sparsify.training.run_folder import check_save_dir, create_run_folder, write_config
 from sparsify.training.schedules import build_lr_schedulers
-from sparsify.training.sinks import Sink, open_sinks
+from sparsify.training.sinks import Sink, open_sinks, report_early_end
 from sparsify.training.steps import GradientStepper
 
 MODEL_FOLDER = "model"
@@ -174,7 +174,8 @@ def make_tokenizer(config: Config) -> PreTrainedTokenizerBase:
 def finish(trainer: Trainer, sink: Sink, folder: Path) -> None:
     """Judge the model on all held-out text, beside the trigram baseline, and write its folder."""
     config = trainer.config
-    report_early_end(trainer, sink)
+    n_wanted = config.n_batches * config.batch_size
+    report_early_end(sink, trainer.n_samples, n_wanted, "the model was")
     save_language_model(folder, trainer.model, torch.float16)
     # What is measured is what is written: weights rounded to half precision.
     trainer.model.half().float()
@@ -186,17 +187,6 @@ def finish(trainer: Trainer, sink: Sink, folder: Path) -> None:
         f"bits per byte: {loss.bits_per_byte:.3f}, trigram model {baseline.bits_per_byte:.3f}\n"
         f"model, tokenizer and card: {folder}"
     )
-
-
-def report_early_end(trainer: Trainer, sink: Sink) -> None:
-    """Say so if the data ended before the config's number of samples."""
-    n_wanted = trainer.config.n_batches * trainer.config.batch_size
-    if trainer.n_samples < n_wanted:
-        sink.log({"train_data_ended_early": 1.0}, trainer.n_samples)
-        sink.console(
-            f"train_data: ended after {trainer.n_samples:,} of {n_wanted:,} samples, on which the "
-            "model was trained; give more data, or set train_data.n_epochs to repeat them"
-        )
 
 
 def trigram_loss(trainer: Trainer) -> TextLoss:

@@ -43,7 +43,7 @@ from sparsify.training.run_folder import (
     write_text,
 )
 from sparsify.training.schedules import build_lr_schedulers
-from sparsify.training.sinks import Sink, open_sinks
+from sparsify.training.sinks import Sink, open_sinks, report_early_end
 from sparsify.training.steps import GradientStepper
 
 
@@ -182,12 +182,7 @@ def train_saes(config: Config) -> None:
 def finish(trainer: Trainer, sink: Sink, run_dir: Path | None) -> None:
     """Judge the trained SAEs, and say what came out and how to load it."""
     n_wanted = trainer.config.n_batches * trainer.config.batch_size
-    if trainer.n_samples < n_wanted:
-        sink.log({"train_data_ended_early": 1.0}, trainer.n_samples)
-        sink.console(
-            f"train_data: ended after {trainer.n_samples:,} of {n_wanted:,} samples, on which the "
-            "SAEs were trained; give more data, or set train_data.n_epochs to repeat them"
-        )
+    report_early_end(sink, trainer.n_samples, n_wanted, "the SAEs were")
     if (evaluation := trainer.evaluate(sink)) is not None:
         print(format_table(evaluation))
     if run_dir is None:
