@@ -44,7 +44,7 @@ def derive_plan(
 
     Raises:
         UserError: A term reads a hook point that does not exist, or one at which the two runs
-            agree because it lies before the first SAE.
+            agree because it lies before the first SAE, or logits that cannot be computed apart.
     """
     positions = tuple(sae_positions)
     terms = losses.terms().values()
@@ -55,6 +55,8 @@ def derive_plan(
     start = min(model.first_block(position) for position in positions)
     if losses.in_to_orig is not None:
         _check_lie_behind(model, losses.in_to_orig.hook_positions, positions)
+    if needs_logits:
+        model.check_unembedding()
     if is_local:
         raw = _union([raw, positions])
     return ForwardPlan(

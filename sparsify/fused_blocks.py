@@ -121,9 +121,9 @@ class _FusedBlock:
         if any(value is not None for value in told.values()):
             return type(block).forward(block, resid_pre, **told)
         resid_pre = block.hook_resid_pre(resid_pre)
-        resid_mid = resid_pre + block.hook_attn_out(self.attention(_norm(block.ln1, resid_pre)))
-        resid_mid = block.hook_resid_mid(resid_mid)
-        pre = mlp.hook_pre(F.linear(_norm(block.ln2, resid_mid), mlp.W_in.T, mlp.b_in))
+        attn_out = block.hook_attn_out(self.attention(fused_norm(block.ln1, resid_pre)))
+        resid_mid = block.hook_resid_mid(resid_pre + attn_out)
+        pre = mlp.hook_pre(F.linear(fused_norm(block.ln2, resid_mid), mlp.W_in.T, mlp.b_in))
         post = mlp.hook_post(ACTIVATIONS[block.cfg.act_fn](pre))
         mlp_out = block.hook_mlp_out(F.linear(post, mlp.W_out.T, mlp.b_out))
         return block.hook_resid_post(resid_mid + mlp_out)
@@ -168,7 +168,10 @@ def _project(
     return F.linear(x, matrix.T, bias.flatten()).unflatten(-1, bias.shape)
 
 
-def _norm(module: Module, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+def fused_norm(
+    module: Module, x: Float[Tensor, "*sample d_model"]
+) -> Float[Tensor, "*sample d_model"]:
+    """What a norm of TransformerLens gives, of the kinds that plain models have."""
     if isinstance(module, nn.Identity):
         return x
     weight, bias = getattr(module, "w", None), getattr(module, "b", None)

@@ -30,7 +30,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sparsify.base_config import UserError, nearest
-from sparsify.fused_blocks import FusedBlocks
+from sparsify.fused_blocks import FusedBlocks, fused_norm
+from sparsify.kernels.unembedding import Unembedding
 
 Hook = Callable[[Tensor], Tensor | None]
 """Takes the activation at a hook point. What it returns, if anything, replaces the activation."""
@@ -66,6 +67,7 @@ class HookedModel:
         self._n_more_outputs = self._count_more_outputs() if self.is_bridge else None
         # Set it to None to have TransformerLens compute all blocks.
         self.fused_blocks = None if self.is_bridge else FusedBlocks(model)
+        self._unembedding_agrees = self._compare_unembedding()
 
     @property
     def hook_names(self) -> list[str]:
@@ -193,15 +195,47 @@ class HookedModel:
                 stack.callback(handle.remove)
             return self.model.generate(input, **kwargs)
 
-    def unembed(self, resid: Float[Tensor, "*sample d_model"]) -> Float[Tensor, "*sample d_vocab"]:
-        """Logits of final residual streams: final norm, unembedding, and soft cap, if any."""
-        # TransformerLens's modules want a batch and a position dimension.
-        flat = resid.reshape(1, -1, resid.shape[-1])
-        logits = self.model.unembed(self.model.ln_final(flat))
-        soft_cap = getattr(self.model.cfg, "output_logits_soft_cap", 0.0) or 0.0
-        if soft_cap > 0:
-            logits = soft_cap * torch.tanh(logits / soft_cap)
-        return logits.reshape(*resid.shape[:-1], logits.shape[-1])
+    @property
+    def unembed(self) -> Unembedding:
+        """From final residual streams to logits."""
+        model, fused = self.model, self.fused_blocks
+        # A model without norms has none here either.
+        ln_final = getattr(model, "ln_final", nn.Identity())
+
+        def norm(resid: Tensor) -> Tensor:
+            if fused is not None and fused.is_plain():
+                return fused_norm(ln_final, resid)
+            # TransformerLens's modules want a batch and a position dimension.
+            return ln_final(resid.reshape(1, -1, resid.shape[-1])).reshape(resid.shape)
+
+        return Unembedding(model.unembed.W_U, model.unembed.b_U, norm, self._logit_transform())
+
+    def check_unembedding(self) -> None:
+        """Raise a `UserError` if `unembed` does not give the model's own logits."""
+        if not self._unembedding_agrees:
+            raise UserError(
+                "tlens_model: its logits are not what its final norm and unembedding give, so the "
+                "output of two runs cannot be compared; leave out loss.logits_kl and evaluation"
+            )
+
+    @torch.no_grad()
+    def _compare_unembedding(self) -> bool:
+        resids: list[Tensor] = []
+        last = f"blocks.{self.n_blocks - 1}.hook_resid_post"
+        last = "ln_final.hook_in" if self.is_bridge else last
+        expected = self.run_with_logits(self._some_tokens(2), {last: resids.append})
+        logits = self.unembed(resids[0]).to(expected)
+        tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 5e-2
+        return torch.allclose(logits, expected, rtol=tolerance, atol=tolerance)
+
+    def _logit_transform(self) -> Callable[[Tensor], Tensor] | None:
+        soft_cap = getattr(self.model.cfg, "output_logits_soft_cap", None) or 0.0
+        if self.is_bridge:
+            transform = self.model.adapter.apply_output_logits_transform
+            # Most architectures have none.
+            some_logits = torch.tensor([-100.0, -1.0, 0.5, 30.0])
+            return None if torch.equal(transform(some_logits), some_logits) else transform
+        return (lambda logits: soft_cap * torch.tanh(logits / soft_cap)) if soft_cap > 0 else None
 
     def probe(self, names: Iterable[str], setting: str) -> dict[str, tuple[int, ...]]:
         """Shape of one position's activation at each hook point, in the order in which they fire.

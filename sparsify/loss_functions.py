@@ -11,21 +11,24 @@ from torch.nn import functional as F
 
 
 def sparsity(c: Float[Tensor, "*sample n_dict"], d_act: int, p_norm: float) -> Float[Tensor, ""]:
-    """The p-norm of `c`, (sum |c|^p)^(1/p), averaged over samples, per dimension of the activation.
+    """The p-norm of `c`, (sum c^p)^(1/p), averaged over samples, per dimension of the activation.
 
     Braun et al. 2024 divide by `d_act`, not `n_dict`, so that one coefficient serves models of
     different width.
 
-    An entry that is exactly zero gets no gradient, and neither does a sample whose code is all
-    zeros. The derivative is undefined there (for p < 1 infinite). After a ReLU nothing is lost by
-    this: it passes no gradient at zero anyway.
+    For p other than 1 the derivative at zero is undefined or infinite; an entry that is exactly
+    zero gets no gradient then, and neither does a sample whose code is all zeros. What makes a code
+    sparse, such as a ReLU, passes no gradient at zero anyway.
 
     Args:
-        c: Sparse activations.
+        c: Sparse activations, none of them negative.
         d_act: Width of the activation that the SAE read.
         p_norm: Above zero. Towards zero the norm overflows: in float32 below about 0.05 when some
             tens of entries are active.
     """
+    if p_norm == 1:
+        # Its gradient is one number, where that of `vector_norm` takes two tensors as large as c.
+        return c.sum(dim=-1).mean() / d_act
     return torch.linalg.vector_norm(c, ord=p_norm, dim=-1).mean() / d_act
 
 

@@ -22,6 +22,7 @@ from transformer_lens.model_bridge.sources.native.model import NativeAttention, 
 
 from sparsify.architecture import Architecture
 from sparsify.base_config import UserError, validate_config
+from sparsify.kernels.unembedding import Unembedding
 
 NATIVE = "TransformerLensNative"
 MODEL_FILE = "model.safetensors"
@@ -70,13 +71,11 @@ class TrainableModel(nn.Module):
             (resid,) = layer(resid)
         return resid
 
-    def unembed(self, resid: Float[Tensor, "*sample d_model"]) -> Float[Tensor, "*sample d_vocab"]:
-        """Logits of final residual streams."""
-        return self.native.head(self.native.ln_out(resid))
-
-    def unembed_parameters(self) -> list[nn.Parameter]:
-        """What `unembed` reads besides its argument."""
-        return [*self.native.ln_out.parameters(), *self.native.head.parameters()]
+    @property
+    def unembed(self) -> Unembedding:
+        """From final residual streams to logits."""
+        head = self.native.head
+        return Unembedding(head.weight.T, head.bias, self.native.ln_out)
 
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits."""

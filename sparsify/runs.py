@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from sparsify.kernels.chunked import Unembed
+from sparsify.kernels.unembedding import Unembedding
 from sparsify.saes.acts import CacheActs, SAEActs
 
 
@@ -28,7 +28,7 @@ class Runs:
     new_resid: Float[Tensor, "*sample d_model"] | None = None
     """The same of the spliced run."""
 
-    unembed: Unembed | None = None
+    unembed: Unembedding | None = None
     """Final norm and unembedding. None if no term needs logits."""
 
     @property

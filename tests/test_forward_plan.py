@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from sparsify.base_config import UserError
 from sparsify.forward_plan import derive_plan
+from sparsify.kernels.unembedding import Unembedding
 from sparsify.losses import LossConfig, total_loss
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.acts import SAEActs
@@ -185,7 +187,14 @@ def counted(model: Any) -> Iterator[tuple[list[int], list[str]]]:
     for name in ("ln_final", "unembed"):
         module = getattr(model, name)
         handles.append(module.register_forward_hook(lambda *_, name=name: ends.append(name)))
-    yield blocks, ends
+    products = Unembedding.products
+
+    def count_logits(*args: Any) -> Tensor:
+        ends.append("logits")
+        return products(*args)
+
+    with patch.object(Unembedding, "products", count_logits):
+        yield blocks, ends
     for handle in handles:
         handle.remove()
 

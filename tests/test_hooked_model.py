@@ -252,6 +252,8 @@ HUGGING_FACE: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {"num_key_value_heads": 1},
     "GPTNeoXForCausalLM": {"use_parallel_residual": True},
     "Gemma2ForCausalLM": {"head_dim": 8, "num_key_value_heads": 1, "sliding_window": 4},
+    "GraniteForCausalLM": {"num_key_value_heads": 1, "logits_scaling": 3.0},
+    "CohereForCausalLM": {"num_key_value_heads": 1, "logit_scale": 0.5},
 }
 
 
@@ -268,6 +270,21 @@ def hugging_face_bridge(architecture: str) -> HookedModel:
     config._attn_implementation = "eager"
     model = model_class(config).eval()
     return HookedModel(build_bridge_from_module(model, architecture, hf_config=config))
+
+
+@pytest.mark.parametrize("architecture", HUGGING_FACE)
+def test_unembedding_gives_the_logits_of_hugging_face_models(architecture: str, tokens: Tensor):
+    model = hugging_face_bridge(architecture)
+    model.check_unembedding()
+    with torch.no_grad():
+        logits = model.unembed(model.run(Prefix(tokens), {}, 3))
+        torch.testing.assert_close(logits, model.model(tokens), rtol=1e-5, atol=1e-5)
+
+
+def test_logits_that_are_computed_in_another_way_are_refused(tiny_model: Any):
+    tiny_model.unembed.register_forward_hook(lambda *call: call[-1] + 1)
+    with pytest.raises(UserError, match=r"^tlens_model: its logits are not .* loss\.logits_kl"):
+        HookedModel(tiny_model).check_unembedding()
 
 
 @pytest.mark.parametrize("architecture", HUGGING_FACE)

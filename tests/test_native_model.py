@@ -55,13 +55,6 @@ def test_logits_are_the_unembedded_final_residual(tokens: Tensor):
     torch.testing.assert_close(model(tokens[:, :3]), model(tokens)[:, :3])
 
 
-def test_unembedding_reads_its_parameters_alone(tokens: Tensor):
-    model = build()
-    model.unembed(model.final_residual(tokens).detach()).sum().backward()
-    with_grad = {id(parameter) for parameter in model.parameters() if parameter.grad is not None}
-    assert with_grad == {id(parameter) for parameter in model.unembed_parameters()}
-
-
 def test_every_parameter_is_trained(tokens: Tensor):
     model = build(positions="standard")
     model(tokens).log_softmax(dim=-1)[..., 0].sum().backward()

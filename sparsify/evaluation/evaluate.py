@@ -36,7 +36,8 @@ from sparsify.evaluation.metrics import (
     unexplained_per_token,
 )
 from sparsify.evaluation.results import Evaluation, PositionEvaluation
-from sparsify.kernels.chunked import Unembed, fast_chunk_size
+from sparsify.kernels.chunked import fast_chunk_size
+from sparsify.kernels.unembedding import Unembedding
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.acts import SAEActs
 
@@ -131,6 +132,7 @@ class _Measurement:
     def __init__(
         self, runs: ForkedRuns, means: _Means, device: torch.device, chunk_size: int | None
     ) -> None:
+        runs.model.check_unembedding()
         self.runs = runs
         self.means = means
         self.device = device
@@ -226,7 +228,7 @@ def sae_sums(acts: SAEActs, mean_input: Float[Tensor, " d_act"]) -> dict[str, Fl
 def prediction_sums(
     resids: Mapping[str, Float[Tensor, "batch pos d_model"]],
     tokens: Int[Tensor, "batch pos"],
-    unembed: Unembed,
+    unembed: Unembedding,
     chunk_size: int | None,
 ) -> dict[str, Float[Tensor, ""]]:
     """Sums over tokens of what is measured at the logits, of which a chunk exists at a time.
@@ -242,7 +244,7 @@ def prediction_sums(
     """
     targets = F.pad(tokens[:, 1:].long(), (0, 1), value=NO_TARGET).flatten()
     rows = {name: resid.flatten(end_dim=-2) for name, resid in resids.items()}
-    size = chunk_size or fast_chunk_size(rows["raw"], unembed)
+    size = chunk_size or fast_chunk_size(unembed)
     sums = defaultdict(lambda: torch.zeros((), device=tokens.device))
     for start in range(0, len(targets), size):
         part = slice(start, start + size)
@@ -256,7 +258,7 @@ def prediction_sums(
     return dict(sums)
 
 
-def _log_probs(resid: Tensor, unembed: Unembed) -> Tensor:
+def _log_probs(resid: Tensor, unembed: Unembedding) -> Tensor:
     logits = unembed(resid)
     return F.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 

@@ -1,192 +1,230 @@
 """Mean losses over logits of which only a chunk exists at a time.
 
 The logits of a batch are its largest tensor: tokens times vocabulary. But a loss that is a mean
-over tokens needs them one token at a time. So walk over chunks of tokens, and for each compute its
-logits, its part of the loss and its part of the gradient, and drop the logits before the next. The
-gradients, as small as the residual stream, are computed in the forward pass and kept; the backward
-pass only scales them.
+over tokens needs them one token at a time. So walk over chunks of tokens. Of each compute the
+logits, the loss, and its gradient, which takes the place of the logits in memory, and go on to the
+next. The gradient with respect to the final residual stream, as small as that itself, is so
+computed in the forward pass and kept; the backward pass only scales it.
+
+A chunk is as large as its matrix products want it. What is done to single logits goes over it in
+tiles, which stay in the cache.
 
 Logits of any precision are turned into probabilities in float32 at least. Gradients cannot be
-differentiated again.
+differentiated again. To leave tokens out, give the residual streams of the others.
 
-Dimensions: `*sample` is any leading batch and position dimensions.
+Dimensions: `*sample` is any leading batch and position dimensions, `row` the same flattened.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-Unembed = Callable[[Float[Tensor, "*sample d_model"]], Float[Tensor, "*sample d_vocab"]]
-"""From the final residual stream to logits: each row by itself, and no rows if given none."""
+from sparsify.kernels.unembedding import Unembedding
 
-RowLoss = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
-"""`loss(logits, rows, with_grad)`: sum of the loss over these rows, and its gradient with respect
-to their logits if asked for. It must not write to the logits, which a backward pass may need."""
+TileLoss = Callable[[Tensor, Tensor | None, slice, bool], Tensor]
+"""`loss(logits, orig_logits, rows, with_grad)`: the sum over these rows of the batch, in float32 at
+least. With `with_grad` the gradient takes the place of `logits`. `orig_logits` may be lost too."""
 
-# On one or two CPU cores 2 to 16 MiB were equally fast, and 32 MiB took 1.3 to 1.6 times as long
-# (vocabulary 4096). An accelerator needs larger pieces to be busy.
-CPU_CHUNK_BYTES = 8 * 2**20
-ACCELERATOR_CHUNK_BYTES = 256 * 2**20
-# Each chunk reads the whole unembedding, which must be worth it: with a vocabulary of 50,257 the KL
-# of 41 tokens at a time (8 MiB) took 1.6 times as long as of 128 at width 768, 1.3 times at 64.
+CPU_CHUNK_BYTES = 2 * 2**20
+# Each chunk reads the whole unembedding, which must be worth it: on two CPU cores the KL of 256
+# tokens with a vocabulary of 50,257 and width 768 took 0.59 s in chunks of 41, 0.50 s in chunks of
+# 83, 0.37 s of 128 and of 256.
 MIN_CHUNK_TOKENS = 128
+# The KL of 4096 tokens with a vocabulary of 4096 and width 128 took 0.10 s in tiles of this size,
+# 0.12 s in tiles of twice and 0.13 s in tiles of four times the size.
+CPU_TILE_BYTES = 2**19
+# An accelerator needs larger pieces to be busy, and has no such cache.
+ACCELERATOR_CHUNK_BYTES = 256 * 2**20
 
 
 def chunked_kl(
     orig_resid: Float[Tensor, "*sample d_model"],
     new_resid: Float[Tensor, "*sample d_model"],
-    unembed: Unembed,
+    unembed: Unembedding,
     chunk_size: int | None = None,
 ) -> Float[Tensor, ""]:
     """KL(orig || new) of the distributions over the next token, in nats, averaged over tokens.
 
     KL(orig || new) is the sum of p_orig * (log p_orig - log p_new) over the vocabulary. The
-    gradient reaches `new_resid` only, not `orig_resid` and not the parameters of `unembed`.
+    original logits count as constant: gradients reach `new_resid`, and parameters of `unembed` that
+    require them through the new logits alone.
 
     Args:
         orig_resid: Final residual stream of the model as it is.
         new_resid: Final residual stream of the spliced model.
         unembed: Final norm and unembedding.
         chunk_size: Tokens whose logits exist at a time. None takes as many as are fast.
+
+    Raises:
+        ValueError: There are no tokens, or the chunk size is not positive.
     """
-    orig_rows = orig_resid.detach().flatten(end_dim=-2)
 
-    def kl_of_rows(logits: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
-        log_new = _log_softmax(logits)
-        with torch.no_grad():
-            log_orig = _log_softmax(unembed(orig_rows[rows]))
-        p_orig = log_orig.exp()
-        total = torch.dot(p_orig.flatten(), log_orig.sub_(log_new).flatten())
-        # d KL / d logits_new = p_new - p_orig
-        return total, log_new.exp_().sub_(p_orig) if with_grad else None
+    def kl_of_tile(logits: Tensor, orig: Tensor | None, rows: slice, with_grad: bool) -> Tensor:
+        assert orig is not None
+        log_new, log_orig = F.log_softmax(logits, dim=-1), F.log_softmax(orig, dim=-1)
+        p_orig = torch.exp(log_orig, out=orig)
+        if with_grad:  # d KL / d logits = p_new - p_orig
+            torch.exp(log_new, out=logits).sub_(p_orig)
+        return torch.dot(p_orig.flatten(), log_orig.sub_(log_new).flatten())
 
-    return chunked_mean(new_resid, unembed, kl_of_rows, chunk_size=chunk_size)
+    return _chunked_mean(new_resid, unembed, kl_of_tile, chunk_size, orig_resid)
 
 
 def chunked_cross_entropy(
     resid: Float[Tensor, "*sample d_model"],
     targets: Int[Tensor, "*sample"],
-    unembed: Unembed,
-    params: Sequence[Tensor] = (),
+    unembed: Unembedding,
     chunk_size: int | None = None,
 ) -> Float[Tensor, ""]:
     """Cross-entropy of the target tokens in nats, averaged over tokens.
+
+    Gradients reach `resid`, and parameters of `unembed` that require them.
 
     Args:
         resid: Final residual stream.
         targets: The token that should follow each position.
         unembed: Final norm and unembedding.
-        params: Tensors that `unembed` uses and that get gradients along with `resid`.
         chunk_size: Tokens whose logits exist at a time. None takes as many as are fast.
+
+    Raises:
+        ValueError: There are no tokens, or the chunk size is not positive.
     """
     flat_targets = targets.flatten()
 
-    def ce_of_rows(logits: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
-        log_p = _log_softmax(logits)
+    def ce_of_tile(logits: Tensor, orig: Tensor | None, rows: slice, with_grad: bool) -> Tensor:
+        log_p = F.log_softmax(logits, dim=-1)
         index = flat_targets[rows].unsqueeze(-1)
-        total = -log_p.gather(-1, index).sum()
-        if not with_grad:
-            return total, None
-        # d CE / d logits = p - one_hot(target)
-        minus_one = torch.full_like(index, -1, dtype=log_p.dtype)
-        return total, log_p.exp_().scatter_add_(-1, index, minus_one)
+        if with_grad:  # d CE / d logits = p - one_hot(target)
+            minus_one = torch.full_like(index, -1, dtype=logits.dtype)
+            torch.exp(log_p, out=logits).scatter_add_(-1, index, minus_one)
+        return -log_p.gather(-1, index).sum()
 
-    return chunked_mean(resid, unembed, ce_of_rows, params, chunk_size)
+    return _chunked_mean(resid, unembed, ce_of_tile, chunk_size)
 
 
-def chunked_mean(
+def _chunked_mean(
     resid: Float[Tensor, "*sample d_model"],
-    unembed: Unembed,
-    row_loss: RowLoss,
-    params: Sequence[Tensor] = (),
-    chunk_size: int | None = None,
+    unembed: Unembedding,
+    tile_loss: TileLoss,
+    chunk_size: int | None,
+    orig_resid: Float[Tensor, "*sample d_model"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Mean over rows of a loss of `unembed(resid)`, with its gradient, chunk by chunk.
-
-    Without gradients (none enabled, or none required) only the value is computed.
-
-    Args:
-        resid: What the logits are computed from. It gets a gradient.
-        unembed: From `resid` to logits.
-        row_loss: The loss of some rows and its gradient.
-        params: Tensors that `unembed` uses and that get gradients too.
-        chunk_size: Rows whose logits exist at a time. None takes as many as are fast.
-
-    Raises:
-        ValueError: `resid` has no rows, or the chunk size is not positive.
-    """
-    rows = resid.flatten(end_dim=-2)
-    if len(rows) == 0:
+    if resid.numel() == 0:
         raise ValueError(f"resid has no rows to average over, its shape is {tuple(resid.shape)}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, given {chunk_size}")
-    size = chunk_size or fast_chunk_size(rows, unembed)
-    learned = [param for param in params if param.requires_grad]
-    if torch.is_grad_enabled() and (rows.requires_grad or learned):
-        return _ChunkedMean.apply(unembed, row_loss, size, rows, *learned)
+    # The norm stays outside: its gradient is autograd's own.
+    rows = unembed.normed(resid).flatten(end_dim=-2)
     with torch.no_grad():
-        sums = [row_loss(unembed(rows[part]), part, False)[0] for part in _chunks(len(rows), size)]
-    return torch.stack(sums).sum() / len(rows)
+        orig_rows = None if orig_resid is None else unembed.normed(orig_resid).flatten(end_dim=-2)
+    size = min(chunk_size or fast_chunk_size(unembed), len(rows))
+    walk = partial(_walk, unembed, tile_loss, size, orig_rows)
+    if not torch.is_grad_enabled():
+        return walk(rows, (False, False, False))[0]
+    return _ChunkedMean.apply(walk, rows, unembed.weight, unembed.bias)
 
 
 class _ChunkedMean(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
-        unembed: Unembed,
-        row_loss: RowLoss,
-        size: int,
+        ctx: Any,  # torch's stub does not declare what a context keeps
+        walk: Callable[[Tensor, Sequence[bool]], tuple[Tensor, list[Tensor | None]]],
         rows: Tensor,
-        *params: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
     ) -> Tensor:
-        sums = []
-        row_grads = torch.empty_like(rows)
-        param_grads = [torch.zeros_like(param, dtype=_wide(param.dtype)) for param in params]
-        for part in _chunks(len(rows), size):
-            chunk = rows[part].detach().requires_grad_()
-            with torch.enable_grad():
-                logits = unembed(chunk)
-            total, logit_grads = row_loss(logits.detach(), part, True)
-            assert logit_grads is not None
-            sums.append(total)
-            row_grads[part], *grads = torch.autograd.grad(
-                logits, (chunk, *params), logit_grads.to(logits.dtype)
-            )
-            for param_grad, grad in zip(param_grads, grads, strict=True):
-                param_grad += grad
-        for grad in (row_grads, *param_grads):
-            grad /= len(rows)
-        ctx.save_for_backward(
-            row_grads,
-            *(grad.to(param.dtype) for grad, param in zip(param_grads, params, strict=True)),
-        )
-        return torch.stack(sums).sum() / len(rows)
+        mean, grads = walk(rows, ctx.needs_input_grad[1:])
+        ctx.save_for_backward(*grads)
+        return mean
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # one output
-        saved: tuple[Tensor, ...] = ctx.saved_tensors  # type: ignore[attr-defined]  # not in torch's stub
-        return None, None, None, *(grad * part for part in saved)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # one output
+        return None, *(None if part is None else grad * part for part in ctx.saved_tensors)
 
 
-def _chunks(n_rows: int, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, n_rows, size)]
+def _walk(
+    unembed: Unembedding,
+    tile_loss: TileLoss,
+    size: int,
+    orig_rows: Tensor | None,
+    rows: Tensor,
+    needs_grad: Sequence[bool],
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The mean, and its gradients by rows, weight and bias as far as they are needed."""
+    logits_buffer = rows.new_empty(size, unembed.d_vocab)
+    orig_buffer = torch.empty_like(logits_buffer) if orig_rows is not None else logits_buffer
+    at_tile = partial(_at_tile, unembed, tile_loss)
+    sums: list[Tensor] = []
+    of_rows, of_weight, of_bias = grads = [
+        torch.zeros_like(tensor, dtype=_wide(rows.dtype)) if tensor is not None and needed else None
+        for tensor, needed in zip((rows, unembed.weight, unembed.bias), needs_grad, strict=True)
+    ]
+    for part in _pieces(len(rows), size):
+        logits = unembed.products(rows[part], logits_buffer)
+        orig = None if orig_rows is None else unembed.products(orig_rows[part], orig_buffer)
+        for tile in _pieces(len(logits), _tile_size(logits)):
+            of_batch = slice(part.start + tile.start, part.start + tile.stop)
+            orig_tile = None if orig is None else orig[tile]
+            sums.append(at_tile(logits[tile], orig_tile, of_batch, any(needs_grad)))
+        # The gradient is now where the logits were.
+        if of_rows is not None:
+            of_rows[part] = torch.mm(logits, unembed.weight.T)
+        if of_weight is not None:
+            of_weight += torch.mm(rows[part].T, logits)
+        if of_bias is not None:
+            of_bias += logits.sum(dim=0)
+    return torch.stack(sums).sum() / len(rows), [
+        None if grad is None else grad.div_(len(rows)).to(rows.dtype) for grad in grads
+    ]
 
 
-def fast_chunk_size(rows: Float[Tensor, "token d_model"], unembed: Unembed) -> int:
-    """Tokens whose logits fill a chunk of the size that is fast on the device of `rows`."""
-    with torch.no_grad():
-        d_vocab = unembed(rows[:0]).shape[-1]
-    n_bytes = CPU_CHUNK_BYTES if rows.device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
-    return max(MIN_CHUNK_TOKENS, n_bytes // (4 * d_vocab))
+def _at_tile(
+    unembed: Unembedding,
+    tile_loss: TileLoss,
+    products: Tensor,
+    orig_products: Tensor | None,
+    rows: slice,
+    with_grad: bool,
+) -> Tensor:
+    """The loss of some rows. With `with_grad` its gradient takes the place of `products`."""
+    wide = _wide(products.dtype)
+    if unembed.transform is None and products.dtype == wide:
+        return tile_loss(products, orig_products, rows, with_grad)
+    leaf = products.to(wide, copy=True).requires_grad_(with_grad)
+    with torch.set_grad_enabled(with_grad):
+        logits = unembed.transformed(leaf)
+    orig = None if orig_products is None else unembed.transformed(orig_products.to(wide, copy=True))
+    of_logits = logits.detach().clone()
+    total = tile_loss(of_logits, orig, rows, with_grad)
+    if with_grad:
+        (grad,) = torch.autograd.grad(logits, leaf, of_logits)
+        products.copy_(grad)
+    return total
 
 
-def _log_softmax(logits: Tensor) -> Tensor:
-    return F.log_softmax(logits, dim=-1, dtype=_wide(logits.dtype))
+def _pieces(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def fast_chunk_size(unembed: Unembedding) -> int:
+    """Tokens whose logits fill a chunk of the size that is fast on the device of the weights."""
+    is_cpu = unembed.weight.device.type == "cpu"
+    n_bytes = CPU_CHUNK_BYTES if is_cpu else ACCELERATOR_CHUNK_BYTES
+    return max(MIN_CHUNK_TOKENS, n_bytes // (4 * unembed.d_vocab))
+
+
+def _tile_size(logits: Float[Tensor, "row d_vocab"]) -> int:
+    """Tokens in a tile."""
+    if logits.device.type != "cpu":
+        return len(logits)
+    return max(1, CPU_TILE_BYTES // (4 * logits.shape[1]))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -4,13 +4,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsify.kernels.chunked import Unembed
+from sparsify.kernels.unembedding import Unembedding
 
 
 def full_kl(
     orig_resid: Float[Tensor, "*sample d_model"],
     new_resid: Float[Tensor, "*sample d_model"],
-    unembed: Unembed,
+    unembed: Unembedding,
 ) -> Float[Tensor, ""]:
     """See `sparsify.kernels.chunked.chunked_kl`."""
     log_orig = F.log_softmax(unembed(orig_resid.detach()), dim=-1)
@@ -19,7 +19,7 @@ def full_kl(
 
 
 def full_cross_entropy(
-    resid: Float[Tensor, "*sample d_model"], targets: Int[Tensor, "*sample"], unembed: Unembed
+    resid: Float[Tensor, "*sample d_model"], targets: Int[Tensor, "*sample"], unembed: Unembedding
 ) -> Float[Tensor, ""]:
     """See `sparsify.kernels.chunked.chunked_cross_entropy`."""
     logits = unembed(resid)

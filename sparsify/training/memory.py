@@ -26,8 +26,9 @@ REMEDIES = {
 }
 """What to lower when a term is the largest."""
 
-# Tensors of a chunk's logits at the same time: raw, spliced, and their probabilities and gradient.
-N_LOGITS = 5
+# Tensors of the size of a chunk's logits at the same time: those of both runs, and where chunks are
+# not cut into tiles the log-probabilities of both.
+N_LOGITS_ON_CPU, N_LOGITS = 2, 4
 
 
 def estimate_memory(model: SAETransformer, plan: ForwardPlan, n_tokens: int) -> dict[str, int]:
@@ -61,9 +62,9 @@ def estimate_memory(model: SAETransformer, plan: ForwardPlan, n_tokens: int) -> 
         * (n_blocks * block_floats + kept * cfg.d_model),
     }
     if plan.needs_logits:
-        resid = torch.empty(n_tokens, cfg.d_model, dtype=parameter.dtype, device=parameter.device)
-        rows = min(n_tokens, fast_chunk_size(resid, model.hooked_model.unembed))
-        terms["logits"] = 4 * N_LOGITS * rows * cfg.d_vocab
+        rows = min(n_tokens, fast_chunk_size(model.hooked_model.unembed))
+        n_logits = N_LOGITS_ON_CPU if parameter.device.type == "cpu" else N_LOGITS
+        terms["logits"] = 4 * n_logits * rows * cfg.d_vocab
     return dict(sorted(terms.items(), key=lambda term: -term[1]))
 
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from sparsify.evaluation.evaluate import evaluate
 from sparsify.evaluation.results import Evaluation
+from sparsify.kernels.unembedding import Unembedding
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.acts import SAEActs
 from sparsify.saes.base import SAE
@@ -201,13 +202,13 @@ def test_logits_exist_for_a_chunk_at_a_time(
     model = build(tiny_model, RESID)
     whole = evaluate(model, [tokens])
     n_rows = []
-    unembed = model.hooked_model.unembed
+    transformed = Unembedding.transformed
 
-    def counting_unembed(resid: Tensor) -> Tensor:
-        n_rows.append(len(resid))
-        return unembed(resid)
+    def counted(unembed: Unembedding, products: Tensor) -> Tensor:
+        n_rows.append(len(products))
+        return transformed(unembed, products)
 
-    monkeypatch.setattr(model.hooked_model, "unembed", counting_unembed)
+    monkeypatch.setattr(Unembedding, "transformed", counted)
     assert_same(evaluate(model, [tokens], chunk_size=25), whole)
     assert n_rows == [25] * 4 + [25] * 4 + [10] * 4  # 60 tokens in four runs
 

@@ -1,37 +1,62 @@
 import math
+from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sparsify.kernels.chunked import chunked_cross_entropy, chunked_kl
 from sparsify.kernels.reference import full_cross_entropy, full_kl
+from sparsify.kernels.unembedding import Unembedding
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
-class SoftCapped(nn.Module):
-    """A final norm, an unembedding with bias, and a soft cap, whose backward needs its output."""
-
-    def __init__(self, d_model: int, d_vocab: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(d_model, dtype=dtype)
-        self.unembed = nn.Linear(d_model, d_vocab, dtype=dtype)
-
-    def forward(self, resid: Tensor) -> Tensor:
-        return 5 * torch.tanh(self.unembed(self.norm(resid)))
+IDENTITY = Unembedding(torch.eye(2))
 
 
-class CountRows:
-    """Records how many rows each call of an unembedding gets."""
+def soft_capped(d_model: int, d_vocab: int, dtype: torch.dtype) -> Unembedding:
+    """A final norm, an unembedding with bias, and a soft cap, all with parameters to learn."""
+    linear = nn.Linear(d_model, d_vocab, dtype=dtype)
+    norm = nn.LayerNorm(d_model, dtype=dtype)
+    return Unembedding(linear.weight.T, linear.bias, norm, lambda x: 5 * torch.tanh(x / 5))
 
-    def __init__(self, unembed: nn.Module) -> None:
-        self.unembed = unembed
-        self.n_rows: list[int] = []
 
-    def __call__(self, resid: Tensor) -> Tensor:
-        self.n_rows.append(len(resid))
-        return self.unembed(resid)
+def frozen(unembed: Unembedding) -> Unembedding:
+    """The same with weights that do not learn."""
+    weight, bias = unembed.weight.detach(), unembed.bias
+    assert isinstance(unembed.norm, nn.Module)
+    return replace(
+        unembed,
+        weight=weight,
+        bias=None if bias is None else bias.detach(),
+        norm=unembed.norm.requires_grad_(False),
+    )
+
+
+def learned(unembed: Unembedding) -> tuple[Tensor, ...]:
+    """What gets gradients besides a residual stream."""
+    assert isinstance(unembed.norm, nn.Module)
+    assert unembed.bias is not None
+    return unembed.weight, unembed.bias, *unembed.norm.parameters()
+
+
+class CountRows(Unembedding):
+    """Records of how many rows there are logits at a time."""
+
+    n_rows: ClassVar[list[int]] = []
+
+    def products(self, normed: Tensor, buffer: Tensor) -> Tensor:
+        self.n_rows.append(len(normed))
+        return super().products(normed, buffer)
+
+
+@pytest.fixture
+def counting() -> CountRows:
+    CountRows.n_rows.clear()
+    return CountRows(torch.randn(4, 6), torch.randn(6))
 
 
 def assert_close(actual: Tensor | tuple[Tensor, ...], expected: Tensor | tuple[Tensor, ...]):
@@ -55,7 +80,7 @@ def test_kl_is_from_orig_to_new_by_hand():
     # KL(orig || new) = 1/2 log((1/2) / (1/4)) + 1/2 log((1/2) / (3/4)) = 0.143841,
     # while KL(new || orig) = 1/4 log(1/2) + 3/4 log(3/2) = 0.130812.
     orig, new = as_resid([[0.0, 0.0]]), as_resid([[0.0, math.log(3)]], requires_grad=True)
-    kl = chunked_kl(orig, new, nn.Identity())
+    kl = chunked_kl(orig, new, IDENTITY)
     assert kl.item() == pytest.approx(0.143841, abs=1e-6)
     kl.backward()
     # p_new - p_orig
@@ -66,13 +91,13 @@ def test_kl_is_averaged_over_tokens():
     # One token of 0.143841 nats as above and one of 0.
     orig = as_resid([[0.0, 0.0], [1.0, 2.0]])
     new = as_resid([[0.0, math.log(3)], [1.0, 2.0]])
-    assert chunked_kl(orig, new, nn.Identity()).item() == pytest.approx(0.143841 / 2, abs=1e-6)
+    assert chunked_kl(orig, new, IDENTITY).item() == pytest.approx(0.143841 / 2, abs=1e-6)
 
 
 def test_cross_entropy_by_hand():
     # p = (1/4, 3/4) at both tokens; targets 0 and 1: -(log 1/4 + log 3/4) / 2 = 0.836988
     resid = as_resid([[0.0, math.log(3)], [0.0, math.log(3)]], requires_grad=True)
-    loss = chunked_cross_entropy(resid, torch.tensor([0, 1]), nn.Identity())
+    loss = chunked_cross_entropy(resid, torch.tensor([0, 1]), IDENTITY)
     assert loss.item() == pytest.approx(0.836988, abs=1e-6)
     loss.backward()
     # (p - one_hot(target)) / 2
@@ -83,7 +108,7 @@ def test_cross_entropy_by_hand():
 @pytest.mark.parametrize("chunk_size", [1, 4, 21, 1000, None])
 @pytest.mark.parametrize("shape", [(3, 7), (1,), (1, 1), (2, 3, 1)])
 def test_kl_equals_full_logits(dtype: torch.dtype, chunk_size: int | None, shape: tuple[int, ...]):
-    unembed = SoftCapped(5, 11, dtype)
+    unembed = soft_capped(5, 11, dtype)
     orig = torch.randn(*shape, 5, dtype=dtype, requires_grad=True)
     new = torch.randn(*shape, 5, dtype=dtype, requires_grad=True)
     kl, expected = chunked_kl(orig, new, unembed, chunk_size), full_kl(orig, new, unembed)
@@ -97,28 +122,39 @@ def test_kl_equals_full_logits(dtype: torch.dtype, chunk_size: int | None, shape
 def test_cross_entropy_equals_full_logits(
     dtype: torch.dtype, chunk_size: int | None, shape: tuple[int, ...]
 ):
-    unembed = SoftCapped(5, 11, dtype)
-    params = list(unembed.parameters())
+    unembed = soft_capped(5, 11, dtype)
     resid = torch.randn(*shape, 5, dtype=dtype, requires_grad=True)
     targets = torch.randint(11, shape)
-    loss = chunked_cross_entropy(resid, targets, unembed, params, chunk_size)
+    loss = chunked_cross_entropy(resid, targets, unembed, chunk_size)
     expected = full_cross_entropy(resid, targets, unembed)
     assert_close(loss, expected)
-    wanted = (resid, *params)
+    wanted = (resid, *learned(unembed))
     assert_close(grads_of(loss, *wanted), grads_of(expected, *wanted))
 
 
 def test_kl_gives_gradients_to_the_new_residual_stream_only():
-    unembed = SoftCapped(4, 6, torch.float32)
+    unembed = frozen(soft_capped(4, 6, torch.float32))
     orig, new = (torch.randn(5, 4, requires_grad=True) for _ in range(2))
     chunked_kl(orig, new, unembed).backward()
     assert new.grad is not None
     assert orig.grad is None
-    assert all(param.grad is None for param in unembed.parameters())
+
+
+def test_kl_gives_gradients_to_what_learns_in_the_unembedding():
+    unembed = soft_capped(4, 6, torch.float64)
+    orig, new = (torch.randn(5, 4, dtype=torch.float64) for _ in range(2))
+    constant = frozen(soft_capped(4, 6, torch.float64))
+    log_orig = F.log_softmax(unembed(orig).detach(), dim=-1)
+    expected = F.kl_div(
+        F.log_softmax(unembed(new), dim=-1), log_orig, log_target=True, reduction="batchmean"
+    )
+    kl = chunked_kl(orig, new, unembed, 2)
+    assert_close(grads_of(kl, *learned(unembed)), grads_of(expected, *learned(unembed)))
+    assert not chunked_kl(orig, new, constant).requires_grad
 
 
 def test_kl_of_equal_runs_is_zero_with_zero_gradient():
-    unembed = SoftCapped(4, 6, torch.float64)
+    unembed = soft_capped(4, 6, torch.float64)
     resid = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     kl = chunked_kl(resid, resid, unembed)
     assert kl.item() == 0
@@ -126,65 +162,92 @@ def test_kl_of_equal_runs_is_zero_with_zero_gradient():
 
 
 def test_frozen_parameters_get_no_gradient():
-    unembed = SoftCapped(4, 6, torch.float32).requires_grad_(False)
-    unembed.unembed.weight.requires_grad_()
-    resid = torch.randn(5, 4)
-    loss = chunked_cross_entropy(resid, torch.arange(5), unembed, list(unembed.parameters()))
+    unembed = frozen(soft_capped(4, 6, torch.float32))
+    weight = unembed.weight.clone().requires_grad_()
+    loss = chunked_cross_entropy(
+        torch.randn(5, 4), torch.arange(5), replace(unembed, weight=weight)
+    )
     loss.backward()
-    assert unembed.unembed.weight.grad is not None
-    assert unembed.unembed.bias.grad is None
+    assert weight.grad is not None
+    assert unembed.bias is not None
+    assert unembed.bias.grad is None
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_only_the_value_is_computed(context: type):
-    unembed = SoftCapped(4, 6, torch.float64)
+    unembed = soft_capped(4, 6, torch.float64)
     orig, new = (torch.randn(5, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     targets = torch.arange(5)
-    params = list(unembed.parameters())
-    expected = chunked_kl(orig, new, unembed), chunked_cross_entropy(new, targets, unembed, params)
+    expected = chunked_kl(orig, new, unembed), chunked_cross_entropy(new, targets, unembed)
     with context():
         kl = chunked_kl(orig, new, unembed, 2)
-        cross_entropy = chunked_cross_entropy(new, targets, unembed, params, 2)
+        cross_entropy = chunked_cross_entropy(new, targets, unembed, 2)
     assert not kl.requires_grad
     assert not cross_entropy.requires_grad
     torch.testing.assert_close((kl, cross_entropy), tuple(part.detach() for part in expected))
 
 
-def test_no_more_rows_than_the_chunk_size_have_logits_at_a_time():
-    unembed = CountRows(SoftCapped(4, 6, torch.float32))
-    chunked_kl(torch.randn(7, 4), torch.randn(7, 4, requires_grad=True), unembed, 3)
-    assert unembed.n_rows == [3, 3, 3, 3, 1, 1]  # new and orig, three chunks
+def test_no_more_rows_than_the_chunk_size_have_logits_at_a_time(counting: CountRows):
+    chunked_kl(torch.randn(7, 4), torch.randn(7, 4, requires_grad=True), counting, 3)
+    assert counting.n_rows == [3, 3, 3, 3, 1, 1]  # new and orig, three chunks
 
 
-def test_default_chunk_bounds_the_bytes_of_logits(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("sparsify.kernels.chunked.CPU_CHUNK_BYTES", 4 * 6 * 200)
-    unembed = CountRows(SoftCapped(4, 6, torch.float32))
-    chunked_cross_entropy(torch.randn(500, 4), torch.arange(500) % 6, unembed)
-    assert unembed.n_rows == [0, 200, 200, 100]  # the first asks for the size of the vocabulary
+def test_default_chunk_bounds_the_bytes_of_logits(
+    counting: CountRows, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sparsify.kernels.chunked.CPU_CHUNK_BYTES", 4 * 6 * 300)
+    chunked_cross_entropy(torch.randn(700, 4), torch.arange(700) % 6, counting)
+    assert counting.n_rows == [300, 300, 100]
 
 
 def test_default_chunk_has_enough_tokens_to_be_worth_reading_the_unembedding(
-    monkeypatch: pytest.MonkeyPatch,
+    counting: CountRows, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("sparsify.kernels.chunked.CPU_CHUNK_BYTES", 1)
-    unembed = CountRows(SoftCapped(4, 6, torch.float32))
-    chunked_cross_entropy(torch.randn(200, 4), torch.arange(200) % 6, unembed)
-    assert unembed.n_rows == [0, 128, 72]
+    chunked_cross_entropy(torch.randn(300, 4), torch.arange(300) % 6, counting)
+    assert counting.n_rows == [128, 128, 44]
+
+
+@pytest.mark.parametrize("rows_in_tile", [1, 2, 3, 100])
+def test_tiles_make_no_difference(rows_in_tile: int, monkeypatch: pytest.MonkeyPatch):
+    unembed = soft_capped(5, 11, torch.float64)
+    orig, new = (torch.randn(17, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    targets = torch.randint(11, (17,))
+    monkeypatch.setattr("sparsify.kernels.chunked.CPU_TILE_BYTES", 4 * 11 * rows_in_tile)
+    both = chunked_kl(orig, new, unembed, 7) + chunked_cross_entropy(new, targets, unembed, 7)
+    full = full_kl(orig, new, unembed) + full_cross_entropy(new, targets, unembed)
+    assert_close(both, full)
+    assert_close(grads_of(both, new), grads_of(full, new))
+
+
+def test_tokens_can_be_left_out():
+    unembed = soft_capped(5, 11, torch.float64)
+    orig, new = (torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    mask = torch.rand(3, 4) < 0.5
+    logs = (F.log_softmax(unembed(resid), dim=-1) for resid in (orig, new))
+    log_orig, log_new = logs
+    of_tokens = (log_orig.exp() * (log_orig - log_new)).sum(dim=-1)
+    expected = (of_tokens * mask).sum() / mask.sum()
+    kl = chunked_kl(orig[mask], new[mask], unembed)
+    assert_close(kl, expected)
+    assert_close(grads_of(kl, new), grads_of(expected, new))
 
 
 def test_low_precision_logits_are_compared_in_float32():
-    unembed = SoftCapped(8, 50, torch.bfloat16)
+    unembed = soft_capped(8, 50, torch.bfloat16)
     orig, new = (torch.randn(20, 8, dtype=torch.bfloat16) for _ in range(2))
     new.requires_grad_()
     kl = chunked_kl(orig, new, unembed, 6)
-    log_orig, log_new = (unembed(resid).detach().float().log_softmax(-1) for resid in (orig, new))
+    normed = (unembed.normed(resid) for resid in (orig, new))
+    products = (F.linear(rows, unembed.weight.T, unembed.bias) for rows in normed)
+    log_orig, log_new = (unembed.transformed(p.float()).log_softmax(-1) for p in products)
     expected = (log_orig.exp() * (log_orig - log_new)).sum(-1).mean()
-    torch.testing.assert_close(kl, expected)
+    torch.testing.assert_close(kl, expected.detach())
     assert grads_of(kl, new)[0].dtype == torch.bfloat16
 
 
 def test_two_losses_of_one_residual_stream_add_up():
-    unembed = SoftCapped(4, 6, torch.float64)
+    unembed = soft_capped(4, 6, torch.float64)
     orig, resid = (torch.randn(5, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     targets = torch.arange(5)
     both = chunked_kl(orig, resid, unembed) + chunked_cross_entropy(resid, targets, unembed)
@@ -194,9 +257,9 @@ def test_two_losses_of_one_residual_stream_add_up():
 
 def test_empty_input_is_rejected():
     with pytest.raises(ValueError, match=r"no rows to average over, its shape is \(0, 4\)"):
-        chunked_kl(torch.randn(0, 4), torch.randn(0, 4), nn.Identity())
+        chunked_kl(torch.randn(0, 4), torch.randn(0, 4), IDENTITY)
 
 
 def test_chunk_size_below_one_is_rejected():
     with pytest.raises(ValueError, match="chunk_size must be at least 1, given 0"):
-        chunked_kl(torch.randn(2, 4), torch.randn(2, 4), nn.Identity(), 0)
+        chunked_kl(torch.randn(2, 4), torch.randn(2, 4), IDENTITY, 0)

@@ -149,9 +149,7 @@ def go_on(config: Config, run_dir: Path) -> tuple[Trainer, Path]:
 def next_token_loss(model: TrainableModel, tokens: Tensor) -> Tensor:
     """Mean cross-entropy of predicting each token but the first, in nats."""
     resid = model.final_residual(tokens[:, :-1])
-    return chunked_cross_entropy(
-        resid.flatten(0, 1), tokens[:, 1:].flatten(), model.unembed, model.unembed_parameters()
-    )
+    return chunked_cross_entropy(resid, tokens[:, 1:], model.unembed)
 
 
 def loss_metrics(loss: TextLoss) -> dict[str, float]:
