@@ -10,7 +10,8 @@ from sparsify.sae_transformer import SAETransformer
 from sparsify.scripts.benchmark import floor, measure
 from sparsify.scripts.benchmark.reference_step import ReferenceStepper
 from sparsify.scripts.benchmark.run_benchmark import main
-from sparsify.scripts.benchmark.shapes import MODES, SHAPES, Shape
+from sparsify.scripts.benchmark.shapes import MODES, SHAPES, TECHNIQUES, Shape
+from sparsify.scripts.benchmark.techniques import switched_off
 
 pytestmark = pytest.mark.model
 
@@ -37,6 +38,25 @@ def test_both_steps_compute_the_same(mode: str, monkeypatch: pytest.MonkeyPatch)
     trained = {name: weight.detach() for name, weight in sae.named_parameters()}
     for name, weight in (("encoder.0.bias", reference.b_enc), ("decoder.bias", reference.b_dec)):
         torch.testing.assert_close(trained[name], weight.detach(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", [*TECHNIQUES, "all"])
+def test_the_plain_way_gives_the_same(mode: str, name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sparsify.kernels.sparse.MIN_DENSE_SIZE", 0)
+    monkeypatch.setattr("sparsify.kernels.sparse.MAX_ACTIVE_SHARE", 1.0)
+    loss = LossConfig.model_validate(SMALL.loss(mode))
+    weights = []
+    batches = torch.randint(64, (3, 4, 8))
+    for without in ((), TECHNIQUES if name == "all" else (name,)):
+        torch.manual_seed(0)
+        with switched_off(without):
+            model = build()
+            stepper = measure.OurStepper(model, loss)
+            for tokens in batches:
+                stepper.step(tokens)
+        weights.append([weight.detach() for weight in model.saes.parameters()])
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
 
 
 def test_sae_is_as_sparse_as_a_trained_one():
@@ -78,13 +98,16 @@ def test_a_row_is_printed_and_written(
     monkeypatch.setitem(SHAPES, "small", SMALL)
     path = tmp_path / "rows.json"
     options = ["--shape", "small", "--mode", "e2e", "--n-steps", "2", "--json", str(path)]
-    assert main(options) == 0
+    assert main([*options, "--without", "sparse-sae"]) == 0
     (row,) = json.loads(path.read_text())
     assert (row["shape"], row["mode"]) == ("small", "e2e")
     ratio = row["tokens_per_s"] / row["reference_tokens_per_s"]
     assert row["speedup"] == pytest.approx(ratio)
     assert min(row["extra_mb"], row["reference_extra_mb"], row["floor_ratio"]) > 0
-    assert "small      e2e" in capsys.readouterr().out
+    assert row["without"] == ["sparse-sae"]
+    out = capsys.readouterr().out
+    assert "small      e2e" in out
+    assert "without sparse-sae" in out
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsify.scripts.benchmark.shapes import MODES, SHAPES
+from sparsify.cli import let_threads_sleep
+from sparsify.scripts.benchmark.shapes import MODES, SHAPES, TECHNIQUES
 
 Row = dict[str, Any]
 """Strings and numbers by name."""
@@ -24,13 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with `argv`, None for the process's arguments; returns the exit code."""
     options = parse(argv)
     if options.shape and options.mode:
-        rows = [measure_here(options.shape, options.mode, options.n_steps, options.device)]
+        rows = [measure_here(options)]
     else:
         has_gpu = options.device == "cuda"
         possible = [name for name, shape in SHAPES.items() if has_gpu or not shape.needs_gpu]
         shapes = [options.shape] if options.shape else possible
         modes = [options.mode] if options.mode else MODES
-        rows = [measure_apart(s, m, options.n_steps, options.device) for s in shapes for m in modes]
+        rows = [measure_apart(shape, mode, options) for shape in shapes for mode in modes]
     print_report(rows)
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
@@ -45,6 +46,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--n-steps", type=int, default=9, help="timed steps of either kind (9)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(cpu)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
+    parser.add_argument(
+        "--without",
+        action="append",
+        choices=TECHNIQUES,
+        default=[],
+        help="take our step the plain way here; can be given several times",
+    )
     options = parser.parse_args(argv)
     if options.n_steps < 1:
         parser.error(f"--n-steps: {options.n_steps} gives no median; set it to 1 or more")
@@ -55,22 +63,27 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def measure_here(shape: str, mode: str, n_steps: int, device: str) -> Row:
+def measure_here(options: argparse.Namespace) -> Row:
     """One row, measured in this process."""
+    let_threads_sleep()
     import torch
 
     from sparsify.scripts.benchmark.measure import measure
+    from sparsify.scripts.benchmark.techniques import switched_off
 
-    return measure(shape, mode, n_steps, torch.device(device))
+    with switched_off(options.without):
+        row = measure(options.shape, options.mode, options.n_steps, torch.device(options.device))
+    return row | {"without": options.without}
 
 
-def measure_apart(shape: str, mode: str, n_steps: int, device: str) -> Row:
+def measure_apart(shape: str, mode: str, options: argparse.Namespace) -> Row:
     """One row, measured in a process of its own."""
     print(f"measuring {shape}, {mode} ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "row.json"
-        options = ["--shape", shape, "--mode", mode, "--n-steps", str(n_steps), "--device", device]
-        command = [sys.executable, __file__, *options, "--json", str(path)]
+        command = [sys.executable, __file__, "--shape", shape, "--mode", mode, "--json", str(path)]
+        command += ["--n-steps", str(options.n_steps), "--device", options.device]
+        command += [f"--without={name}" for name in options.without]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         (row,) = json.loads(path.read_text(encoding="utf-8"))
     return row
@@ -89,6 +102,8 @@ def print_report(rows: list[Row]) -> None:
             f"{row['reference_extra_mb']:11,.0f}{row['floor_ratio']:11.2f}{row['l0']:7.1f}"
         )
     first = rows[0]
+    if first["without"]:
+        print(f"\nwithout {', '.join(first['without'])}")
     print(
         "\nextra MB   peak beyond the weights, with gradients and optimizer state"
         "\nx floor    step's time / time of the arithmetic that it cannot avoid\n\n"

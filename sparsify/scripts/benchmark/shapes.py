@@ -1,4 +1,4 @@
-"""The shapes and loss mixes that are timed."""
+"""The shapes and loss mixes that are timed, and the techniques that can be left out."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,6 +6,16 @@ from typing import Any
 MODES = ("local", "e2e", "downstream")
 """Loss mixes: sparsity with the error at the SAE, with the output's KL, or with KL and the error at
 the start of every later block."""
+
+TECHNIQUES = {
+    "shared-prefix": "what comes before the first SAE runs once",
+    "chunked-kl": "no whole logits, and the gradient of the KL in their place",
+    "fused-blocks": "fused attention, norms and activations",
+    "sparse-sae": "decoding and gradients from active entries alone",
+    "row-sparse-adam": "gradients of active rows alone, and fused Adam",
+    "sum-of-code": "the L1 term as a sum",
+}
+"""What `--without` leaves out, and what it is."""
 
 
 @dataclass(frozen=True)

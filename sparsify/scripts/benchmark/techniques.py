@@ -1,0 +1,53 @@
+"""What makes a step fast, each of which can be switched off to see what it buys."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.optim import Adam
+
+from sparsify.fused_blocks import FusedBlocks
+from sparsify.hooked_model import HookedModel, Prefix
+from sparsify.kernels.reference import full_kl
+from sparsify.kernels.sparse import _from_rows
+from sparsify.scripts.benchmark.shapes import TECHNIQUES
+
+
+def _norm_of_code(c: Tensor, d_act: int, p_norm: float) -> Tensor:
+    return torch.linalg.vector_norm(c, ord=p_norm, dim=-1).mean() / d_act
+
+
+# What takes the place of each. `Any`: `patch` has no public type of its own.
+_PLAIN_WAYS: dict[str, list[Any]] = {
+    "shared-prefix": [
+        patch.object(HookedModel, "prefix", lambda self, tokens, n_blocks: Prefix(tokens))
+    ],
+    "chunked-kl": [patch("sparsify.kernels.chunked.chunked_kl", full_kl)],
+    "fused-blocks": [patch.object(FusedBlocks, "installed", lambda self: nullcontext())],
+    "sparse-sae": [patch("sparsify.saes.relu.find_active", lambda c, d_act: None)],
+    "row-sparse-adam": [
+        patch(
+            "sparsify.kernels.sparse._from_rows",
+            lambda rows, active, n_dict, is_sparse: _from_rows(rows, active, n_dict, False),
+        ),
+        patch(
+            "sparsify.training.optimizers.RowSparseAdam",
+            lambda parameters, lr, fused: Adam(parameters, lr=lr),
+        ),
+    ],
+    "sum-of-code": [patch("sparsify.loss_functions.sparsity", _norm_of_code)],
+}
+assert set(_PLAIN_WAYS) == set(TECHNIQUES)
+
+
+@contextmanager
+def switched_off(names: Iterable[str]) -> Iterator[None]:
+    """A context in which steps do without some of `TECHNIQUES`: the plain way takes their place."""
+    with ExitStack() as stack:
+        for name in names:
+            for plain_way in _PLAIN_WAYS[name]:
+                stack.enter_context(plain_way)
+        yield
