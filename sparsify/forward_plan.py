@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sparsify.base_config import UserError
+from sparsify.hook_names import check_hook_names, first_block, stop_block
 from sparsify.hooked_model import HookedModel
 from sparsify.losses import LossConfig
 
@@ -52,7 +53,7 @@ def derive_plan(
     needs_logits = any(term.needs_logits for term in terms)
     raw = _union(term.raw_positions(positions) for term in terms)
     spliced = _union(term.spliced_positions(positions) for term in terms)
-    start = min(model.first_block(position) for position in positions)
+    start = min(first_block(position) for position in positions)
     if losses.in_to_orig is not None:
         _check_lie_behind(model, losses.in_to_orig.hook_positions, positions)
     if needs_logits:
@@ -74,13 +75,13 @@ def derive_plan(
 def _stop(model: HookedModel, positions: Iterable[str], needs_logits: bool) -> int:
     if needs_logits:
         return model.n_blocks
-    return max((model.stop_block(position) for position in positions), default=0)
+    return max((stop_block(position) for position in positions), default=0)
 
 
 def _check_lie_behind(
     model: HookedModel, hook_positions: list[str], sae_positions: tuple[str, ...]
 ) -> None:
-    model.check_hook_names(hook_positions, SETTING)
+    check_hook_names(hook_positions, model.model.hook_dict, SETTING)
     in_order = list(model.probe([*sae_positions, *hook_positions], SETTING))
     n_shared = min(in_order.index(position) for position in sae_positions)
     for position in hook_positions:

@@ -18,7 +18,6 @@ The residual stream *between* two blocks has two hook points, `hook_resid_post` 
 is not run, and the hook is called by `run` itself.
 """
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -29,8 +28,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sparsify.base_config import UserError, nearest
+from sparsify.base_config import UserError
 from sparsify.fused_blocks import FusedBlocks, fused_norm
+from sparsify.hook_names import BLOCK_END, BLOCK_START
 from sparsify.kernels.unembedding import Unembedding
 
 Hook = Callable[[Tensor], Tensor | None]
@@ -40,10 +40,6 @@ TLensModel = Any
 """A `HookedTransformer` or `TransformerBridge`, neither of which declares all its parts."""
 
 TLENS_HAS_HOOKED_TRANSFORMER = int(version("transformer-lens").split(".")[0]) < 4
-
-# The bridge's own names for the ends of a block are `hook_in` and `hook_out`.
-_BLOCK_START = ("hook_resid_pre", "hook_in")
-_BLOCK_END = ("hook_resid_post", "hook_out")
 
 
 @dataclass(frozen=True)
@@ -67,20 +63,9 @@ class HookedModel:
         self._n_more_outputs = self._count_more_outputs() if self.is_bridge else None
         # Set it to None to have TransformerLens compute all blocks.
         self.fused_blocks = None if self.is_bridge else FusedBlocks(model)
+        # Precision of matrix products in `run`. None: that of the weights.
+        self.product_dtype: torch.dtype | None = None
         self._unembedding_agrees = self._compare_unembedding()
-
-    @property
-    def hook_names(self) -> list[str]:
-        """All hook points, with their aliases."""
-        return list(self.model.hook_dict)
-
-    def check_hook_names(self, names: Iterable[str], setting: str) -> None:
-        """Raise a `UserError` that names `setting` if one of the names is not a hook point."""
-        for name in names:
-            if name not in self.model.hook_dict:
-                raise UserError(
-                    f"{setting}: the model has no hook point {nearest(name, self.hook_names)}"
-                )
 
     def check_length(self, n_pos: int) -> None:
         """Raise a `UserError` if a sequence is longer than the model's context."""
@@ -90,45 +75,6 @@ class HookedModel:
                 f"tokens: a sequence of {n_pos} does not fit into the model's context of {n_ctx}; "
                 "give shorter ones"
             )
-
-    def matching_hook_names(self, patterns: Iterable[str], setting: str) -> list[str]:
-        """The hook points that each pattern means: a full name, or a run of dotted parts.
-
-        `hook_resid_pre` is that hook of every block, `blocks.1` never means block 10.
-
-        Raises:
-            UserError: A pattern matches nothing, or a hook point that another has matched.
-        """
-        found: dict[str, str] = {}
-        for pattern in patterns:
-            is_full = pattern in self.model.hook_dict
-            names = (
-                [pattern] if is_full else [n for n in self.hook_names if f".{pattern}." in f".{n}."]
-            )
-            if not names:
-                # The nearest name, or the nearest last part, whichever the pattern looks like.
-                known = {*self.hook_names, *(n.split(".", 2)[-1] for n in self.hook_names)}
-                raise UserError(f"{setting}: the model has no hook point {nearest(pattern, known)}")
-            for name in names:
-                if name in found:
-                    raise UserError(
-                        f"{setting}: '{pattern}' repeats '{name}', which '{found[name]}' already "
-                        "means; one SAE fits there, so remove one of them"
-                    )
-                found[name] = pattern
-        return list(found)
-
-    def first_block(self, name: str) -> int:
-        """Number of blocks that have run when the activation at hook point `name` is made."""
-        if (match := re.match(r"blocks\.(\d+)\.(.+)", name)) is None:
-            return 0  # the embedding: what lies behind the blocks is refused by `probe`
-        return int(match[1]) + (match[2] in _BLOCK_END)
-
-    def stop_block(self, name: str) -> int:
-        """Number of blocks to run for the activation at hook point `name` to be there."""
-        match = re.match(r"blocks\.(\d+)\.(.+)", name)
-        is_inside = match is not None and match[2] not in (*_BLOCK_START, *_BLOCK_END)
-        return self.first_block(name) + is_inside
 
     def prefix(self, tokens: Int[Tensor, "batch pos"], n_blocks: int) -> Prefix:
         """Run the first blocks, without hooks."""
@@ -150,18 +96,21 @@ class HookedModel:
         with ExitStack() as stack:
             if prefix.resid is not None:
                 last = prefix.n_blocks - 1
-                resid = self._call_between(prefix.resid, hooks, last, _BLOCK_END)
+                resid = self._call_between(prefix.resid, hooks, last, BLOCK_END)
                 if stop == prefix.n_blocks:
-                    return self._call_between(resid, hooks, stop, _BLOCK_START)
+                    return self._call_between(resid, hooks, stop, BLOCK_START)
                 stack.enter_context(self._blocks_return(resid, prefix.n_blocks))
             stack.enter_context(self.hooked(hooks))
+            if self.product_dtype is not None:
+                device = prefix.tokens.device.type
+                stack.enter_context(torch.autocast(device, self.product_dtype))
             if fused and self.fused_blocks is not None:
                 stack.enter_context(self.fused_blocks.installed())
             if self.is_bridge and stop == self.n_blocks:
                 return self._run_to_final_norm(prefix.tokens)
             resid = self.model(prefix.tokens, stop_at_layer=stop)
         # The bridge has called these hooks.
-        return resid if self.is_bridge else self._call_between(resid, hooks, stop, _BLOCK_START)
+        return resid if self.is_bridge else self._call_between(resid, hooks, stop, BLOCK_START)
 
     def run_with_logits(
         self, tokens: Int[Tensor, "batch pos"], hooks: Mapping[str, Hook]

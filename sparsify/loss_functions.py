@@ -37,6 +37,7 @@ def mse(
 ) -> Float[Tensor, ""]:
     """Squared difference, averaged over samples and over the activation's dimensions.
 
-    Gradients reach both arguments.
+    Gradients reach both arguments. In float32 at least, whatever the precision of the activations.
     """
-    return F.mse_loss(pred, target)
+    wide = torch.promote_types(torch.promote_types(pred.dtype, target.dtype), torch.float32)
+    return F.mse_loss(pred.to(wide), target.to(wide))

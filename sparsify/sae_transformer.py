@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparsify.base_config import UserError, validate_config
 from sparsify.forward_plan import ForwardPlan
+from sparsify.hook_names import check_hook_names, stop_block
 from sparsify.hooked_model import Hook, HookedModel, Prefix, TLensModel
 from sparsify.runs import Runs
 from sparsify.saes.acts import CacheActs, SAEActs
@@ -38,7 +39,8 @@ class SAEDict(nn.ModuleDict):
         sae = self.at(position)
         parameter = next(sae.parameters(), None)
         flat = act.flatten(start_dim=2)
-        return sae(flat if parameter is None else flat.to(parameter))
+        with torch.autocast(act.device.type, enabled=False):
+            return sae(flat if parameter is None else flat.to(parameter))
 
 
 class SAETransformer(nn.Module):
@@ -105,13 +107,13 @@ class SAETransformer(nn.Module):
         self.hooked_model.check_length(tokens.shape[-1])
         acts: dict[str, Tensor] = {}
         positions = [*self.raw_sae_positions, *_names(cache_positions, [])]
-        self.hooked_model.check_hook_names(positions, "cache_positions")
+        check_hook_names(positions, self.tlens_model.hook_dict, "cache_positions")
         hooks = keep_hooks(positions, acts)
         logits = None
         if run_entire_model:
             logits = self.hooked_model.run_with_logits(tokens, hooks)
         else:
-            stops = map(self.hooked_model.stop_block, positions)
+            stops = map(stop_block, positions)
             stop = max(stops) if final_layer is None else final_layer
             self.hooked_model.run(Prefix(tokens), hooks, stop, fused=False)
         if final_layer is None:
@@ -148,7 +150,7 @@ class SAETransformer(nn.Module):
             raise ValueError("tokens may only be None if orig_acts is given")
         self.hooked_model.check_length(tokens.shape[-1])
         others = _names(cache_positions, [])
-        self.hooked_model.check_hook_names(others, "cache_positions")
+        check_hook_names(others, self.tlens_model.hook_dict, "cache_positions")
         acts: Acts = {}
         logits = self.hooked_model.run_with_logits(
             tokens, self._splice_hooks(positions, others, acts)
@@ -249,7 +251,7 @@ class SAETransformer(nn.Module):
             raise UserError("sae_positions: names no hook point; give at least one")
         if repeated := sorted({p for p in positions if positions.count(p) > 1}):
             raise UserError(f"sae_positions: {', '.join(repeated)} given twice; one SAE fits there")
-        self.hooked_model.check_hook_names(positions, "sae_positions")
+        check_hook_names(positions, self.tlens_model.hook_dict, "sae_positions")
         names_of_points: dict[nn.Module, str] = {}
         for position in positions:
             other = names_of_points.setdefault(self.tlens_model.hook_dict[position], position)

@@ -7,7 +7,7 @@ import torch
 
 from sparsify.base_config import UserError, read_yaml, validate_config
 from sparsify.config import SAETransformerConfig
-from sparsify.hooked_model import HookedModel
+from sparsify.hook_names import matching_hook_names
 from sparsify.model_loading import BUNDLED_MODELS, load_hooked_model
 from sparsify.native_model import MODEL_FILE
 from sparsify.sae_transformer import SAETransformer
@@ -26,8 +26,8 @@ def build_sae_transformer(config: SAETransformerConfig, device: str) -> SAETrans
     tlens_model = load_hooked_model(
         config.tlens_model_name, config.tlens_model_path, config.tlens_model_processing, device
     )
-    positions = HookedModel(tlens_model).matching_hook_names(
-        config.saes.sae_positions, "saes.sae_positions"
+    positions = matching_hook_names(
+        config.saes.sae_positions, tlens_model.hook_dict, "saes.sae_positions"
     )
     model = SAETransformer(tlens_model, positions, sae=config.saes.sae)
     loaded_from: dict[str, Path] = {}

@@ -1,4 +1,3 @@
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -28,24 +27,6 @@ def tokens() -> Tensor:
     return torch.randint(64, (2, 5))
 
 
-@pytest.fixture
-def twelve_blocks() -> HookedModel:
-    """Blocks 1, 10 and 11 have names that begin alike."""
-    from transformer_lens.config import TransformerBridgeConfig
-    from transformer_lens.model_bridge import TransformerBridge
-
-    sizes: dict[str, Any] = {
-        "n_layers": 12,
-        "d_model": 4,
-        "n_heads": 1,
-        "d_head": 4,
-        "d_mlp": 4,
-        "d_vocab": 8,
-    }
-    config = TransformerBridgeConfig(**sizes, n_ctx=4, architecture="TransformerLensNative")
-    return HookedModel(TransformerBridge.boot_native(config))
-
-
 def n_hooks(model: HookedModel) -> int:
     """Hooks that torch knows of, TransformerLens's among them.
 
@@ -60,66 +41,6 @@ def n_hooks(model: HookedModel) -> int:
 
 def fail(_: Tensor) -> None:
     raise RuntimeError("out of memory")
-
-
-# Names
-
-
-def test_part_of_a_name_means_it_in_every_block(model: HookedModel):
-    expected = [f"blocks.{i}.hook_resid_pre" for i in range(3)]
-    assert model.matching_hook_names(["hook_resid_pre"], "saes.sae_positions") == expected
-
-
-def test_full_name_means_itself(model: HookedModel):
-    names = ["blocks.2.mlp.hook_post", "blocks.0.attn.hook_z", "hook_embed"]
-    assert model.matching_hook_names(names, "saes.sae_positions") == names
-
-
-def test_several_parts_must_follow_each_other(model: HookedModel):
-    names = model.matching_hook_names(["mlp.hook_post"], "saes.sae_positions")
-    assert names == [f"blocks.{i}.mlp.hook_post" for i in range(3)]
-    with pytest.raises(UserError, match=r"no hook point 'blocks\.mlp'"):
-        model.matching_hook_names(["blocks.mlp"], "saes.sae_positions")
-
-
-def test_numbers_of_blocks_match_as_a_whole(twelve_blocks: HookedModel):
-    names = twelve_blocks.matching_hook_names(["blocks.1"], "saes.sae_positions")
-    assert "blocks.1.hook_resid_pre" in names
-    assert {name.split(".")[1] for name in names} == {"1"}
-    all_blocks = twelve_blocks.matching_hook_names(["hook_resid_pre"], "saes.sae_positions")
-    assert len(all_blocks) == 12
-
-
-@pytest.mark.parametrize(
-    ("pattern", "nearest"),
-    [
-        ("blocks.1.hook_resid_pots", "blocks.1.hook_resid_post"),
-        ("hook_resid_prе", "hook_resid_pre"),  # a Cyrillic letter
-        ("resid_pre", "hook_resid_pre"),
-        ("blocks.3.hook_resid_pre", r"blocks\.\d\.hook_resid_pre"),
-    ],
-)
-def test_pattern_that_matches_nothing_is_rejected(model: HookedModel, pattern: str, nearest: str):
-    with pytest.raises(UserError, match=rf"^sae: the model has no .*'; did you mean '{nearest}'\?"):
-        model.matching_hook_names([pattern], "sae")
-
-
-@pytest.mark.parametrize(
-    ("patterns", "message"),
-    [
-        (
-            ["hook_resid_pre", "blocks.1.hook_resid_pre"],
-            "'blocks.1.hook_resid_pre' repeats 'blocks.1.hook_resid_pre', which 'hook_resid_pre'",
-        ),
-        (
-            ["blocks.1.hook_resid_pre", "hook_resid_pre"],
-            "'hook_resid_pre' repeats 'blocks.1.hook_resid_pre', which 'blocks.1.hook_resid_pre'",
-        ),
-    ],
-)
-def test_patterns_that_overlap_are_rejected(model: HookedModel, patterns: list[str], message: str):
-    with pytest.raises(UserError, match=re.escape(message)):
-        model.matching_hook_names(patterns, "sae_positions")
 
 
 # What has an activation vector for each token
@@ -167,23 +88,6 @@ def test_hook_point_that_never_fires_is_rejected(tiny_bridge: Any):
 
 
 # Runs
-
-
-@pytest.mark.parametrize(
-    ("name", "first", "stop"),
-    [
-        ("hook_embed", 0, 0),
-        ("blocks.0.hook_resid_pre", 0, 0),
-        ("blocks.1.hook_resid_pre", 1, 1),
-        ("blocks.1.attn.hook_z", 1, 2),
-        ("blocks.1.hook_resid_mid", 1, 2),
-        ("blocks.1.hook_resid_post", 2, 2),
-        ("blocks.2.mlp.hook_post", 2, 3),
-        ("blocks.2.hook_resid_post", 3, 3),
-    ],
-)
-def test_blocks_that_a_hook_point_needs(model: HookedModel, name: str, first: int, stop: int):
-    assert (model.first_block(name), model.stop_block(name)) == (first, stop)
 
 
 @pytest.mark.parametrize("stop", [0, 1, 2, 3])

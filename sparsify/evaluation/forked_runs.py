@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sparsify.hook_names import first_block, stop_block
 from sparsify.hooked_model import Hook, Prefix
 from sparsify.sae_transformer import SAETransformer
 
@@ -22,8 +23,8 @@ class ForkedRuns:
         self.splice_hooks = partial(model.splice_hooks, model.raw_sae_positions)
         self.positions = model.raw_sae_positions
         self.model = model.hooked_model
-        self.start = min(map(self.model.first_block, self.positions))
-        self.last_sae_stop = max(map(self.model.stop_block, self.positions))
+        self.start = min(map(first_block, self.positions))
+        self.last_sae_stop = max(map(stop_block, self.positions))
 
     def shared_prefix(self, tokens: Int[Tensor, "batch pos"]) -> Prefix:
         """What all runs begin with."""

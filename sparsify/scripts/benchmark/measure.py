@@ -22,6 +22,7 @@ from sparsify.scripts.benchmark.floor import matmul_rate, step_flops, synchroniz
 from sparsify.scripts.benchmark.reference_step import ReferenceStepper
 from sparsify.scripts.benchmark.shapes import SHAPES, Shape
 from sparsify.training.optimizers import build_adam
+from sparsify.training.precision import set_precision
 from sparsify.training.steps import GradientStepper
 
 TARGET_L0 = 32
@@ -79,6 +80,7 @@ class OurStepper:
     """A step as the training script takes it."""
 
     def __init__(self, model: SAETransformer, loss: LossConfig) -> None:
+        set_precision(model, None)
         self.model = model
         self.loss = loss
         self.plan = derive_plan(model.hooked_model, model.raw_sae_positions, loss)

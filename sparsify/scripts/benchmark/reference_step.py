@@ -33,6 +33,15 @@ class ReferenceStepper:
 
     def step(self, tokens: Tensor) -> Tensor:
         """One optimizer step; returns the loss."""
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            return self.float32_step(tokens)
+        finally:
+            torch.set_float32_matmul_precision(precision)
+
+    def float32_step(self, tokens: Tensor) -> Tensor:
+        """One optimizer step in the precision that is set; returns the loss."""
         loss = self.local_loss(tokens) if self.loss.out_to_in else self.spliced_loss(tokens)
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 10.0)

@@ -35,6 +35,7 @@ from sparsify.training.memory import (
 )
 from sparsify.training.optimizers import build_adam
 from sparsify.training.plots import plot_training
+from sparsify.training.precision import set_precision
 from sparsify.training.random_state import set_seed
 from sparsify.training.run_folder import (
     check_save_dir,
@@ -58,6 +59,7 @@ class Trainer:
         self.n_samples_saved: int | None = None
         self.device = resolve_device(config.device)
         self.model = build_sae_transformer(config, self.device)
+        set_precision(self.model, config.mixed_precision)
         self.plan = derive_plan(self.model.hooked_model, self.model.raw_sae_positions, config.loss)
         self.loader = self.build_loader(config.train_data)
         self.eval_batches = self.load_eval_batches()
@@ -85,7 +87,7 @@ class Trainer:
         grad_norm = torch.zeros(())
         self.evaluate(sink)
         for tokens in islice(self.loader, self.config.n_batches):
-            runs = self.model.run(tokens.to(self.device), self.plan)
+            runs = self.model.run(self.on_device(tokens), self.plan)
             loss, terms = total_loss(self.config.loss, runs)
             stepped = self.stepper.backward(loss)
             grad_norm = grad_norm if stepped is None else stepped
@@ -120,6 +122,13 @@ class Trainer:
         if self.n_samples_saved != self.n_samples:
             sink.save(self.model.saes.state_dict(), self.n_samples)
             self.n_samples_saved = self.n_samples
+
+    def on_device(self, tokens: Tensor) -> Tensor:
+        """The tokens of a batch where the model is."""
+        # From memory that is not pinned, a copy to a GPU would wait for all that it has to do.
+        if torch.device(self.device).type == "cuda":
+            tokens = tokens.pin_memory()
+        return tokens.to(self.device, non_blocking=True)
 
     def estimate_memory(self) -> dict[str, int]:
         """Bytes that a step takes, by what for."""
