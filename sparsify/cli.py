@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dotenv import find_dotenv, load_dotenv
 
 from sparsify.base_config import AnyConfig, UserError, load_config
+from sparsify.training.config import NEWEST_RUN
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -42,15 +43,26 @@ def run_script(
     # Keys of wandb and the hub; what is set in the environment wins.
     load_dotenv(find_dotenv(usecwd=True))
     let_threads_sleep()
+    arguments = _with_newest_run(sys.argv[1:] if argv is None else argv)
     try:
-        main(load_config(config_class, sys.argv[1:] if argv is None else argv, description))
+        main(load_config(config_class, arguments, description))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print("; ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
+
+
+def _with_newest_run(argv: Sequence[str]) -> list[str]:
+    """The arguments, with `--resume` given its value where it stands alone."""
+    arguments = list(argv)
+    for index, argument in reversed(list(enumerate(arguments))):
+        following = arguments[index + 1] if index + 1 < len(arguments) else "--"
+        if argument == "--resume" and following.startswith("--"):
+            arguments.insert(index + 1, NEWEST_RUN)
+    return arguments
 
 
 def let_threads_sleep() -> None:

@@ -18,7 +18,6 @@ from sparsify.base_config import UserError
 from sparsify.training.run_folder import replace_atomically
 
 WEIGHTS_NAME = re.compile(r"samples_(\d+)\.(safetensors|pt)")
-STATE_NAME = re.compile(r"state_(\d+)\.pt")
 
 
 def weights_path(run_dir: Path, n_samples: int) -> Path:
@@ -100,7 +99,7 @@ def latest_checkpoint(run_dir: Path) -> Path:
     Raises:
         UserError: There is none.
     """
-    found = _numbered_files(run_dir, WEIGHTS_NAME)
+    found = numbered_files(run_dir, WEIGHTS_NAME)
     if not found:
         raise UserError(
             f"{run_dir}: holds no samples_{{N}}.safetensors or samples_{{N}}.pt; "
@@ -109,8 +108,13 @@ def latest_checkpoint(run_dir: Path) -> Path:
     return max(found, key=lambda path: (found[path], path.suffix == ".safetensors"))
 
 
-def save_training_state(run_dir: Path, n_samples: int, state: Mapping[str, Any]) -> Path:
-    """Write what a run needs to go on, as `state_{n_samples}.pt`, and remove older states.
+def state_path(run_dir: Path, n_samples: int) -> Path:
+    """Where the training state after `n_samples` samples is written."""
+    return run_dir / f"state_{n_samples}.pt"
+
+
+def save_state(run_dir: Path, n_samples: int, state: Mapping[str, Any]) -> Path:
+    """Write what a run needs to go on, besides weights, atomically, and return the path.
 
     Args:
         run_dir: Folder of the run.
@@ -121,35 +125,26 @@ def save_training_state(run_dir: Path, n_samples: int, state: Mapping[str, Any])
     Raises:
         TypeError: `state` holds an object that could not be loaded again without pickled code.
     """
-    path = run_dir / f"state_{n_samples}.pt"
+    path = state_path(run_dir, n_samples)
     with replace_atomically(path) as temporary:
         torch.save(dict(state), temporary)
         try:
             _load_plain(temporary, is_mapped=True)
         except UserError as error:
             raise TypeError(f"the training state could not be loaded again: {error}") from None
-    for older in _numbered_files(run_dir, STATE_NAME):
-        if older != path:
-            older.unlink()
     return path
 
 
-def load_training_state(run_dir: Path) -> tuple[int, dict[str, Any]]:
-    """Samples trained on, and the state that `save_training_state` wrote last.
+def load_state(path: Path) -> dict[str, Any]:
+    """What `save_state` wrote.
 
     Raises:
-        UserError: There is none, or it is damaged.
+        UserError: There is no such file, or it is damaged.
     """
-    found = _numbered_files(run_dir, STATE_NAME)
-    if not found:
-        raise UserError(
-            f"{run_dir}: holds no state_{{N}}.pt, so this run cannot go on; start a new one"
-        )
-    path = max(found, key=lambda path: found[path])
-    return found[path], _load_plain(path)
+    return _load_plain(path)
 
 
-def _numbered_files(folder: Path, name: re.Pattern[str]) -> dict[Path, int]:
+def numbered_files(folder: Path, name: re.Pattern[str]) -> dict[Path, int]:
     """The files of `folder` whose whole name matches, with the first group of the match."""
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; check the path")

@@ -9,6 +9,8 @@ from sparsify.base_config import BaseConfig, PositiveFinite, Seed
 from sparsify.training.run_folder import check_run_name
 
 DEFAULT_MIN_LR_FACTOR = 0.1
+NEWEST_RUN = "newest"
+"""As `resume`, the newest run in save_dir."""
 
 
 class TrainingConfig(BaseConfig):
@@ -46,7 +48,14 @@ class TrainingConfig(BaseConfig):
     eval_n_samples: PositiveInt = 500
     """Held-out samples in one evaluation, or as many as there are, in whole batches."""
     save_every_n_samples: PositiveInt | None = None
-    """Samples between two checkpoints. null: only after training."""
+    """Samples between two checkpoints. null: none for their number."""
+    save_every_minutes: PositiveFinite | None = None
+    """Minutes between two checkpoints. null: none for the time."""
+    keep_last: PositiveInt = 2
+    """Checkpoints that keep what is needed to go on from them. The weights of all are kept."""
+    resume: Path | None = None
+    """Run folder to go on with from its newest checkpoint, or a file of the checkpoint to go on
+    from. `newest`, or --resume alone: the newest run in save_dir. null: a new run."""
     save_dir: Path | None = Path("out")
     """Folder in which the run makes its own folder. null: the run writes no files."""
 
@@ -142,9 +151,10 @@ class TrainingConfig(BaseConfig):
 
     @model_validator(mode="after")
     def _saves_have_a_folder(self) -> Self:
-        if self.save_dir is None and self.save_every_n_samples is not None:
-            raise ValueError(
-                f"save_every_n_samples ({self.save_every_n_samples}) needs a save_dir, "
-                "which is null; set a folder or remove save_every_n_samples"
-            )
+        for name in ("save_every_n_samples", "save_every_minutes", "resume"):
+            if self.save_dir is None and (value := getattr(self, name)) is not None:
+                raise ValueError(
+                    f"{name} ({value}) needs a save_dir, which is null; set a folder or remove "
+                    f"{name}"
+                )
         return self

@@ -1,31 +1,44 @@
-"""Ctrl-C that takes effect between two training steps, where what is saved fits together."""
+"""Ctrl-C and SIGTERM that take effect between two steps, where what is saved fits together."""
 
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
+
+# What a signal does by itself, if nobody has changed it.
+DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
 @contextmanager
-def held_interrupt() -> Iterator[Callable[[], bool]]:
-    """Hold Ctrl-C back to the end of the block, which is given a way to ask for it.
+def held_interrupt(message: str = "") -> Iterator[Callable[[], bool]]:
+    """Hold Ctrl-C and SIGTERM back to the end of the block, which is given a way to ask for them.
 
-    A second Ctrl-C acts at once. Nothing is held outside the main thread, or where Ctrl-C does
-    something else than to raise `KeyboardInterrupt`.
+    A second one acts at once. Nothing is held outside the main thread, nor a signal that does
+    something else already.
+
+    Raises:
+        KeyboardInterrupt: At the end of the block, with `message`, if one was held.
     """
     held: list[int] = []
 
-    def hold(signal_number: int, _: object) -> None:
+    def hold(signal_number: int, _: FrameType | None) -> None:
         held.append(signal_number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        restore()
 
-    is_main = threading.current_thread() is threading.main_thread()
-    if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, hold)
+    def restore() -> None:
+        for number, default in DEFAULTS.items():
+            if signal.getsignal(number) is hold:
+                signal.signal(number, default)
+
+    if threading.current_thread() is threading.main_thread():
+        for number, default in DEFAULTS.items():
+            if signal.getsignal(number) == default:
+                signal.signal(number, hold)
     try:
         yield lambda: bool(held)
     finally:
-        if signal.getsignal(signal.SIGINT) is hold:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if threading.current_thread() is threading.main_thread():
+            restore()
     if held:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(message)

@@ -1,6 +1,6 @@
 """Optimizer steps: gradients of several batches averaged, clipped and applied."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ class GradientStepper:
         schedulers: Stepped after the optimizers.
         n_accumulation_steps: Batches in one step.
         max_grad_norm: Gradients of a larger total norm are scaled down to it. None never clips.
+        before_step: Called with the gradient's norm before each optimizer step, which it can
+            prevent by raising.
     """
 
     def __init__(
@@ -33,12 +35,14 @@ class GradientStepper:
         *,
         n_accumulation_steps: int = 1,
         max_grad_norm: float | None = None,
+        before_step: Callable[[Tensor], None] | None = None,
     ) -> None:
         self.parameters = list(parameters)
         self.optimizers = optimizers
         self.schedulers = schedulers
         self.n_accumulation_steps = n_accumulation_steps
         self.max_grad_norm = max_grad_norm
+        self.before_step = before_step
         self.n_steps = 0
         self._n_batches_in_step = 0
 
@@ -60,11 +64,13 @@ class GradientStepper:
         self._n_batches_in_step += 1
         if self._n_batches_in_step < self.n_accumulation_steps:
             return None
-        self._n_batches_in_step = 0
-        self.n_steps += 1
         grads = [p.grad for p in self.parameters if p.grad is not None]
         values = [grad.values() if grad.is_sparse else grad for grad in grads]
         grad_norm = get_total_norm(values)
+        if self.before_step is not None:
+            self.before_step(grad_norm)
+        self._n_batches_in_step = 0
+        self.n_steps += 1
         if self.max_grad_norm is not None:
             # As `torch.nn.utils.clip_grad_norm_`, without which a row-sparse gradient would forget
             # that its rows are in order.

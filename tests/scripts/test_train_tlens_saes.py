@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from sparsify import SAETransformer
 from sparsify.base_config import UserError
 from sparsify.evaluation.results import Evaluation
+from sparsify.losses import total_loss
 from sparsify.scripts.train_tlens_saes import train
 from sparsify.scripts.train_tlens_saes.run_train_tlens_saes import main
 from sparsify.training import sinks
@@ -76,6 +79,7 @@ def test_a_run_learns_evaluates_and_can_be_loaded(
     counts = [m for m in metrics if f"sparsity/alive_dict_elements/{POSITION}" in m]
     assert len(counts) > len(evaluated)
     assert {path.name for path in run_dir.iterdir()} == {
+        *("checkpoint_16.json", "checkpoint_24.json", "state_16.pt", "state_24.pt"),
         "eval.json",
         "final_config.yaml",
         "metrics.jsonl",
@@ -147,13 +151,37 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert run(config, tmp_path, "--lr", "1e38", "--save_every_n_samples", "null") == 2
-    assert "after 16 samples; go back to an earlier checkpoint, and lower lr" in (
-        capsys.readouterr().err
+    run_dir = run_dir_of(config)
+    path = run_dir / "bad_batch_8.safetensors"
+    assert re.search(
+        r"error: loss/train/\S+ is (nan|inf) after 8 samples; its batch, whose tokens are in "
+        rf"{re.escape(str(path))}, has not been trained on. Look at it, or lower lr",
+        capsys.readouterr().err,
     )
-    assert {path.name for path in run_dir_of(config).iterdir()} == {
-        "final_config.yaml",
-        "metrics.jsonl",
-    }
+    assert load_file(path)["tokens"].shape == (4, 16)
+    names = {path.name for path in run_dir.iterdir()}
+    assert names == {"final_config.yaml", "metrics.jsonl", path.name}
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_a_gradient_that_is_not_finite_is_not_stepped_with(
+    config: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def steep_loss(*args: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, terms = total_loss(*args)
+        loss.register_hook(lambda grad: grad * torch.inf)
+        return loss, terms
+
+    monkeypatch.setattr(train, "total_loss", steep_loss)
+    assert run(config, tmp_path) == 2
+    assert re.search(
+        r"grad_norm is (nan|inf) after 4 samples, before the optimizer step; lower lr",
+        capsys.readouterr().err,
+    )
 
 
 @pytest.mark.slow

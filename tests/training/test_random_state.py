@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sparsify.training.checkpoints import load_training_state, save_training_state
+from sparsify.training.checkpoints import load_state, save_state, state_path
 from sparsify.training.random_state import get_random_state, set_random_state, set_seed
 
 
@@ -30,8 +30,8 @@ def test_one_seed_gives_one_sequence():
 def test_generators_go_on_from_a_saved_state(tmp_path: Path):
     set_seed(3)
     _draw()
-    save_training_state(tmp_path, 1, {"random": get_random_state()})
+    save_state(tmp_path, 1, {"random": get_random_state()})
     expected = _draw()
     set_seed(5)
-    set_random_state(load_training_state(tmp_path)[1]["random"])
+    set_random_state(load_state(state_path(tmp_path, 1))["random"])
     assert _draw() == expected

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import LambdaLR
 
-from sparsify.training.checkpoints import load_training_state, save_training_state
+from sparsify.training.checkpoints import load_state, save_state, state_path
 from sparsify.training.optimizers import build_adam
 from sparsify.training.steps import GradientStepper, merge_rows
 
@@ -70,11 +70,11 @@ def test_run_resumed_in_the_middle_of_a_step_goes_on_alike(tmp_path: Path):
     inputs = torch.randn(10, 3)
     whole, stepper = start()
     run(whole, stepper, inputs[:5])
-    save_training_state(tmp_path, 5, {"stepper": stepper.state_dict(), "weights": whole.detach()})
+    save_state(tmp_path, 5, {"stepper": stepper.state_dict(), "weights": whole.detach()})
     run(whole, stepper, inputs[5:])
 
     resumed, stepper = start()
-    _, state = load_training_state(tmp_path)
+    state = load_state(state_path(tmp_path, 5))
     resumed.data.copy_(state["weights"])
     stepper.load_state_dict(state["stepper"])
     run(resumed, stepper, inputs[5:])
@@ -108,11 +108,11 @@ def test_row_sparse_gradients_give_the_steps_of_dense_ones(
         norms = backward(ours_stepper, tokens, True), backward(theirs_stepper, tokens, False)
         torch.testing.assert_close(*norms)
         if index == 4:  # with accumulation, in the middle of a step
-            save_training_state(tmp_path, 5, {"stepper": ours_stepper.state_dict()})
+            save_state(tmp_path, 5, {"stepper": ours_stepper.state_dict()})
             bias = ours_stepper.parameters[1].detach()
             ours, ours_stepper = start(ours.detach())
             ours_stepper.parameters[1].data.copy_(bias)
-            ours_stepper.load_state_dict(load_training_state(tmp_path)[1]["stepper"])
+            ours_stepper.load_state_dict(load_state(state_path(tmp_path, 5))["stepper"])
     assert ours_stepper.n_steps == 5
     torch.testing.assert_close(ours, theirs)
 

@@ -1,6 +1,5 @@
 """Settings of `run_train_tlens.py`."""
 
-from pathlib import Path
 from typing import Self
 
 from pydantic import PositiveInt, model_validator
@@ -29,8 +28,6 @@ class Config(TrainingConfig):
     eval_data: DataConfig
     prompts: list[str] = []
     """Texts that the trained model continues on its card."""
-    resume: Path | None = None
-    """Run folder whose newest checkpoint to go on from. null: a new run."""
 
     @model_validator(mode="after")
     def _there_is_one_tokenizer(self) -> Self:

@@ -20,19 +20,35 @@ from sparsify.native_model import TrainableModel, save_language_model
 from sparsify.scripts.train_tlens.card import write_card
 from sparsify.scripts.train_tlens.config import Config
 from sparsify.scripts.train_tlens.evaluation import TextLoss, bytes_per_token, text_loss
-from sparsify.scripts.train_tlens.resume import Checkpoint, load_checkpoint
 from sparsify.scripts.train_tlens.trigram import TrigramModel
 from sparsify.training.cadence import Cadence
-from sparsify.training.checkpoints import save_training_state
 from sparsify.training.interrupt import held_interrupt
 from sparsify.training.optimizers import build_muon
-from sparsify.training.random_state import set_seed
+from sparsify.training.random_state import get_random_state, set_random_state, set_seed
+from sparsify.training.resume import (
+    Checkpoint,
+    checkpoint_to_go_on_from,
+    clear_what_came_after,
+    resume_line,
+    save_checkpoint,
+)
 from sparsify.training.run_folder import check_save_dir, create_run_folder, write_config
 from sparsify.training.schedules import build_lr_schedulers
-from sparsify.training.sinks import Sink, open_sinks, report_early_end
+from sparsify.training.sinks import METRICS_FILE, Sink, open_sinks, report_early_end
 from sparsify.training.steps import GradientStepper
 
 MODEL_FOLDER = "model"
+KEPT_SETTINGS = (
+    "model",
+    "tokenizer",
+    "train_data",
+    "seed",
+    "batch_size",
+    "effective_batch_size",
+    "lr",
+    "adam_lr",
+)
+"""What a run goes on with as it was."""
 
 
 class Trainer:
@@ -70,7 +86,7 @@ class Trainer:
                 sink.log({"loss": loss.item(), "lr": self.stepper.lr}, self.n_samples)
             if cadence.evaluate.due(self.n_samples):
                 sink.log(loss_metrics(self.evaluate(self.config.eval_n_samples)), self.n_samples)
-            if cadence.save.due(self.n_samples):
+            if cadence.save_due(self.n_samples):
                 self.save(sink, run_dir)
             if is_interrupted():
                 break
@@ -85,8 +101,13 @@ class Trainer:
         if self.n_samples_saved == self.n_samples:
             return
         sink.save(self.model.state_dict(), self.n_samples)
-        state = {"stepper": self.stepper.state_dict(), "loader": self.loader.state_dict()}
-        save_training_state(run_dir, self.n_samples, state)
+        state = {
+            "stepper": self.stepper.state_dict(),
+            "loader": self.loader.state_dict(),
+            "random": get_random_state(),
+            "metrics_bytes": (run_dir / METRICS_FILE).stat().st_size,
+        }
+        save_checkpoint(run_dir, self.n_samples, state, self.config.keep_last)
         self.n_samples_saved = self.n_samples
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -95,6 +116,7 @@ class Trainer:
         self.model.load_state_dict(checkpoint.weights)
         self.stepper.load_state_dict(checkpoint.state["stepper"])
         self.loader.load_state_dict(checkpoint.state["loader"])
+        set_random_state(checkpoint.state["random"])
 
     def build_loader(self, data: DataConfig, num_workers: Literal[0, 1] = 1) -> TokenLoader:
         """Batches of this run's training or held-out data."""
@@ -111,7 +133,7 @@ class Trainer:
 
 def train_language_model(config: Config) -> None:
     """Train a model as `config` says, or go on with a run, and write its `model/` folder."""
-    trainer, run_dir = start(config) if config.resume is None else go_on(config, config.resume)
+    trainer, run_dir = start(config) if config.resume is None else go_on(config)
     write_config(run_dir, trainer.config)
     with open_sinks(
         config,
@@ -120,7 +142,7 @@ def train_language_model(config: Config) -> None:
         n_ctx=config.train_data.n_ctx,
         start=trainer.n_samples,
     ) as sink:
-        with held_interrupt() as is_interrupted:
+        with held_interrupt(resume_line(run_dir)) as is_interrupted:
             trainer.train(sink, run_dir, is_interrupted)
             trainer.save(sink, run_dir)
         finish(trainer, sink, run_dir / MODEL_FOLDER)
@@ -136,13 +158,15 @@ def start(config: Config) -> tuple[Trainer, Path]:
     return trainer, run_dir
 
 
-def go_on(config: Config, run_dir: Path) -> tuple[Trainer, Path]:
-    """The run in `run_dir`, at its newest checkpoint."""
-    checkpoint = load_checkpoint(config, run_dir)
+def go_on(config: Config) -> tuple[Trainer, Path]:
+    """The run that `config.resume` means, at its newest checkpoint or the one that is meant."""
+    checkpoint = checkpoint_to_go_on_from(config, KEPT_SETTINGS)
+    run_dir = checkpoint.run_dir
     # The config that is kept is one from which the whole run can be repeated.
     whole_run = config.model_copy(update={"resume": None})
     trainer = Trainer(whole_run, load_tokenizer(str(run_dir / MODEL_FOLDER)))
     trainer.resume(checkpoint)
+    clear_what_came_after(checkpoint, run_dir / METRICS_FILE)
     return trainer, run_dir
 
 

@@ -1,7 +1,6 @@
 """The training loop of SAEs inside a language model."""
 
 import json
-import math
 import shutil
 from collections.abc import Callable
 from itertools import islice
@@ -16,17 +15,17 @@ from sparsify.data.config import DataConfig
 from sparsify.data.loader import TokenLoader, build_loader
 from sparsify.data.tokenizers import load_tokenizer
 from sparsify.evaluation.evaluate import evaluate
-from sparsify.evaluation.firing import FiringCounter
 from sparsify.evaluation.results import Evaluation
 from sparsify.evaluation.table import format_table
 from sparsify.forward_plan import derive_plan
 from sparsify.losses import total_loss
 from sparsify.model_loading import resolve_device
 from sparsify.runs import Runs
-from sparsify.sae_transformer import SAETransformer
 from sparsify.saved_runs import build_sae_transformer, model_identity
 from sparsify.scripts.train_tlens_saes.config import Config
-from sparsify.training.cadence import Cadence, Every
+from sparsify.training.cadence import Cadence
+from sparsify.training.finite import check_gradient, check_loss
+from sparsify.training.firing_windows import FiringWindows
 from sparsify.training.interrupt import held_interrupt
 from sparsify.training.memory import (
     estimate_memory,
@@ -36,7 +35,14 @@ from sparsify.training.memory import (
 from sparsify.training.optimizers import build_adam
 from sparsify.training.plots import plot_training
 from sparsify.training.precision import set_precision
-from sparsify.training.random_state import set_seed
+from sparsify.training.random_state import get_random_state, set_random_state, set_seed
+from sparsify.training.resume import (
+    Checkpoint,
+    checkpoint_to_go_on_from,
+    clear_what_came_after,
+    resume_line,
+    save_checkpoint,
+)
 from sparsify.training.run_folder import (
     check_save_dir,
     create_run_folder,
@@ -44,8 +50,22 @@ from sparsify.training.run_folder import (
     write_text,
 )
 from sparsify.training.schedules import build_lr_schedulers
-from sparsify.training.sinks import Sink, open_sinks, report_early_end
+from sparsify.training.sinks import METRICS_FILE, Sink, open_sinks, report_early_end
 from sparsify.training.steps import GradientStepper
+
+KEPT_SETTINGS = (
+    "tlens_model_name",
+    "tlens_model_path",
+    "tlens_model_processing",
+    "saes",
+    "loss",
+    "train_data",
+    "seed",
+    "batch_size",
+    "effective_batch_size",
+    "lr",
+)
+"""What a run goes on with as it was."""
 
 
 class Trainer:
@@ -55,7 +75,8 @@ class Trainer:
         set_seed(config.seed)
         self.config = config
         self.n_samples = 0
-        self.last_evaluation: tuple[int, Evaluation] | None = None
+        self.run_dir: Path | None = None
+        self.n_samples_evaluated: int | None = None
         self.n_samples_saved: int | None = None
         self.device = resolve_device(config.device)
         self.model = build_sae_transformer(config, self.device)
@@ -71,57 +92,96 @@ class Trainer:
             )
         for position in self.model.raw_sae_positions:
             self.model.saes.at(position).row_sparse_grads = True  # which this optimizer takes
+        self.firing = FiringWindows(
+            self.model, config.collect_act_frequency_every_n_samples, config.act_frequency_n_tokens
+        )
         optimizers = [build_adam(parameters, config.lr)]
+        # To look at each number would make a GPU wait; there it is done when something is logged.
+        self.is_watched = self.device == "cpu"
         self.stepper = GradientStepper(
             parameters,
             optimizers,
             build_lr_schedulers(optimizers, config),
             n_accumulation_steps=config.n_accumulation_steps,
             max_grad_norm=config.max_grad_norm,
+            before_step=self.check_gradient if self.is_watched else None,
         )
 
     def train(self, sink: Sink, is_interrupted: Callable[[], bool]) -> None:
         """Train until the config's number of samples, the end of the data, or Ctrl-C."""
-        cadence = Cadence.from_config(self.config)
-        firing = FiringWindows(self.config, self.model)
+        cadence = Cadence.from_config(self.config, start=self.n_samples)
+        n_batches = self.config.n_batches - self.n_samples // self.config.batch_size
         grad_norm = torch.zeros(())
-        self.evaluate(sink)
-        for tokens in islice(self.loader, self.config.n_batches):
+        if self.n_samples == 0:
+            self.evaluate(sink)
+        for tokens in islice(self.loader, n_batches):
             runs = self.model.run(self.on_device(tokens), self.plan)
             loss, terms = total_loss(self.config.loss, runs)
+            is_logged = cadence.log.due(self.n_samples + len(tokens))
+            is_saved = cadence.save_due(self.n_samples + len(tokens))
+            if self.is_watched or is_logged or is_saved:
+                check_loss(loss, terms, tokens, self.n_samples, self.run_dir)
             stepped = self.stepper.backward(loss)
             grad_norm = grad_norm if stepped is None else stepped
             self.n_samples += len(tokens)
 
-            if cadence.log.due(self.n_samples):
+            if is_logged:
                 learning = {"grad_norm": grad_norm.item(), "lr": self.stepper.lr}
-                metrics = train_metrics(loss, terms, runs) | learning
-                sink.log(metrics, self.n_samples)
-                check_finite(metrics, self.n_samples)
-            if alive := firing.update(runs, self.n_samples):
+                sink.log(train_metrics(loss, terms, runs) | learning, self.n_samples)
+            if alive := self.firing.update(runs, self.n_samples):
                 sink.log(alive, self.n_samples)
             if cadence.evaluate.due(self.n_samples):
                 self.evaluate(sink)
-            if cadence.save.due(self.n_samples):
+            if is_saved:
                 self.save(sink)
             if is_interrupted():
                 break
 
     def evaluate(self, sink: Sink) -> Evaluation | None:
-        """Judge the SAEs on held-out text, once as they are. None: there is no such text."""
+        """Judge the SAEs on held-out text. None: there is no such text. Logged once as they are."""
         if not self.eval_batches:
             return None
-        if self.last_evaluation is None or self.last_evaluation[0] != self.n_samples:
-            evaluation = evaluate(self.model, self.eval_batches)
+        evaluation = evaluate(self.model, self.eval_batches)
+        if self.n_samples_evaluated != self.n_samples:
             sink.log(evaluation.metrics(), self.n_samples)
-            self.last_evaluation = (self.n_samples, evaluation)
-        return self.last_evaluation[1]
+            self.n_samples_evaluated = self.n_samples
+        return evaluation
 
     def save(self, sink: Sink) -> None:
-        """Keep the SAEs' weights, once as they are."""
-        if self.n_samples_saved != self.n_samples:
-            sink.save(self.model.saes.state_dict(), self.n_samples)
-            self.n_samples_saved = self.n_samples
+        """Keep the SAEs' weights and what the run needs to go on, once as they are."""
+        if self.n_samples_saved == self.n_samples:
+            return
+        sink.save(self.model.saes.state_dict(), self.n_samples)
+        if self.run_dir is not None:
+            state = self.state_dict(self.run_dir)
+            save_checkpoint(self.run_dir, self.n_samples, state, self.config.keep_last)
+        self.n_samples_saved = self.n_samples
+
+    def state_dict(self, run_dir: Path) -> dict[str, Any]:
+        """All that the rest of the run depends on, besides the SAEs' weights."""
+        return {
+            "stepper": self.stepper.state_dict(),
+            "loader": self.loader.state_dict(),
+            "firing": self.firing.state_dict(),
+            "random": get_random_state(),
+            "n_samples_evaluated": self.n_samples_evaluated,
+            "metrics_bytes": (run_dir / METRICS_FILE).stat().st_size,
+        }
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint of the run."""
+        self.run_dir, state = checkpoint.run_dir, checkpoint.state
+        self.n_samples = self.n_samples_saved = checkpoint.n_samples
+        self.n_samples_evaluated = state["n_samples_evaluated"]
+        self.model.saes.load_state_dict(checkpoint.weights)
+        self.stepper.load_state_dict(state["stepper"])
+        self.loader.load_state_dict(state["loader"])
+        self.firing.load_state_dict(state["firing"], self.n_samples)
+        set_random_state(state["random"])
+
+    def check_gradient(self, grad_norm: Tensor) -> None:
+        """See that a gradient is finite, before an optimizer step."""
+        check_gradient(grad_norm, self.n_samples)
 
     def on_device(self, tokens: Tensor) -> Tensor:
         """The tokens of a batch where the model is."""
@@ -160,32 +220,52 @@ class Trainer:
 
 def train_saes(config: Config) -> None:
     """Train SAEs as `config` says, judge them, and leave a run folder that can be loaded."""
-    if config.save_dir is not None:
-        check_save_dir(config.save_dir)
-    trainer = Trainer(config)
-    run_name = config.run_name(config.default_run_name())
-    run_dir = None
-    if config.save_dir is not None:
-        run_dir = create_run_folder(config.save_dir, run_name)
-        write_config(run_dir, config)
+    trainer = start(config) if config.resume is None else go_on(config)
+    run_dir = trainer.run_dir
     try:
         with open_sinks(
             config,
-            run_name=run_name,
+            run_name=config.run_name(config.default_run_name()),
             run_dir=run_dir,
             n_ctx=config.train_data.n_ctx,
             metadata=model_identity(config),
+            start=trainer.n_samples,
         ) as sink:
             memory = trainer.estimate_memory()
             sink.console(format_estimate(memory))
-            with held_interrupt() as is_interrupted, explained_out_of_memory(memory):
+            line = resume_line(run_dir) if run_dir is not None else "nothing was saved"
+            with held_interrupt(line) as is_interrupted, explained_out_of_memory(memory):
                 trainer.train(sink, is_interrupted)
                 trainer.save(sink)
             finish(trainer, sink, run_dir)
     except UserError:
-        if run_dir is not None and trainer.n_samples == 0:  # nothing to keep
+        # Nothing to keep: no step was taken, and no batch put there to be looked at.
+        if run_dir is not None and trainer.n_samples == 0 and not any(run_dir.glob("bad_*")):
             shutil.rmtree(run_dir)
         raise
+
+
+def start(config: Config) -> Trainer:
+    """A new run, and its folder, which is made once all that the config names has been opened."""
+    if config.save_dir is not None:
+        check_save_dir(config.save_dir)
+    trainer = Trainer(config)
+    if config.save_dir is not None:
+        run_name = config.run_name(config.default_run_name())
+        trainer.run_dir = create_run_folder(config.save_dir, run_name)
+        write_config(trainer.run_dir, config)
+    return trainer
+
+
+def go_on(config: Config) -> Trainer:
+    """The run that `config.resume` means, at its newest checkpoint or the one that is meant."""
+    checkpoint = checkpoint_to_go_on_from(config, KEPT_SETTINGS)
+    # The config that is kept is one from which the whole run can be repeated.
+    trainer = Trainer(config.model_copy(update={"resume": None}))
+    trainer.resume(checkpoint)
+    clear_what_came_after(checkpoint, checkpoint.run_dir / METRICS_FILE)
+    write_config(checkpoint.run_dir, trainer.config)
+    return trainer
 
 
 def finish(trainer: Trainer, sink: Sink, run_dir: Path | None) -> None:
@@ -215,49 +295,3 @@ def train_metrics(loss: Tensor, terms: dict[str, Tensor], runs: Runs) -> dict[st
         l0 = (acts.c != 0).sum(dim=-1).float().mean()
         metrics[f"sparsity/train/L_0/{position}"] = l0.item()
     return metrics
-
-
-def check_finite(metrics: dict[str, float], n_samples: int) -> None:
-    """Raise a `UserError` if a number is not finite: training on would lead nowhere."""
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            raise UserError(
-                f"{name} is {value} after {n_samples} samples; go back to an earlier checkpoint, "
-                "and lower lr or set max_grad_norm"
-            )
-
-
-class FiringWindows:
-    """Counts alive dictionary elements over stretches of training tokens.
-
-    One begins every `collect_act_frequency_every_n_samples`, for `act_frequency_n_tokens`.
-    """
-
-    def __init__(self, config: Config, model: SAETransformer) -> None:
-        self.n_tokens = config.act_frequency_n_tokens
-        self.begins = Every(config.collect_act_frequency_every_n_samples)
-        device = next(model.saes.parameters()).device
-        self.counters = {
-            position: FiringCounter(model.saes.at(position).n_dict, device)
-            for position in model.raw_sae_positions
-        }
-        self.is_open = False
-
-    def update(self, runs: Runs, n_samples: int) -> dict[str, float]:
-        """Count a batch if a stretch is on; the alive elements if it ends, else nothing."""
-        if self.begins.due(n_samples):
-            self.is_open = True
-        if not self.is_open:
-            return {}
-        for position, acts in runs.sae_acts.items():
-            self.counters[position].update(acts.c)
-        if next(iter(self.counters.values())).n_tokens < self.n_tokens:
-            return {}
-        alive = {
-            f"sparsity/alive_dict_elements/{position}": float(counter.n_alive)
-            for position, counter in self.counters.items()
-        }
-        for counter in self.counters.values():
-            counter.reset()
-        self.is_open = False
-        return alive

@@ -1,0 +1,229 @@
+"""Points from which a run goes on as if it had not stopped.
+
+Such a point after N samples is three files. `samples_{N}.safetensors` holds the weights,
+`state_{N}.pt` all else that the next steps depend on, and `checkpoint_{N}.json`, which is written
+last, the checksums of both. Where that is missing or does not fit, the point before counts.
+"""
+
+import hashlib
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sparsify.base_config import UserError, read_yaml, validate_config
+from sparsify.training.checkpoints import (
+    load_state,
+    load_weights,
+    numbered_files,
+    save_state,
+    state_path,
+    weights_path,
+)
+from sparsify.training.config import NEWEST_RUN, TrainingConfig
+from sparsify.training.run_folder import CONFIG_FILE, write_text
+
+MANIFEST_NAME = re.compile(r"checkpoint_(\d+)\.json")
+NUMBERED_NAME = re.compile(r"(?:checkpoint|samples|state)_(\d+)\.(?:json|safetensors|pt)")
+TEMPORARY_FILES = ".*.tmp"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A point from which a run goes on."""
+
+    run_dir: Path
+    n_samples: int
+    weights: dict[str, Tensor]
+    state: dict[str, Any]  # of optimizers, loader and generators, which have no common type
+    damaged: list[str]
+    """Messages about newer points that cannot be used."""
+
+
+def save_checkpoint(
+    run_dir: Path, n_samples: int, state: Mapping[str, Any], keep_last: int
+) -> None:
+    """Make a point to go on from of the weights after `n_samples`, which have been written.
+
+    Points beyond the last `keep_last` lose their state. Their weights stay.
+
+    Args:
+        run_dir: Folder of the run.
+        n_samples: Samples trained on so far.
+        state: Tensors, numbers and strings in dictionaries, lists and tuples.
+        keep_last: How many points to keep.
+
+    Raises:
+        TypeError: `state` holds an object that could not be loaded again without pickled code.
+    """
+    files = (weights_path(run_dir, n_samples), save_state(run_dir, n_samples, state))
+    content = {"n_samples": n_samples, "sha256": {file.name: _checksum(file) for file in files}}
+    write_text(_manifest_path(run_dir, n_samples), json.dumps(content, indent=1) + "\n")
+    numbers = sorted(numbered_files(run_dir, MANIFEST_NAME).values())
+    for number in numbers[:-keep_last]:
+        _forget_state(run_dir, number)
+
+
+def checkpoint_to_go_on_from(config: TrainingConfig, kept_settings: Iterable[str]) -> Checkpoint:
+    """What `config.resume` means. Newer points that cannot be used are warned about.
+
+    Args:
+        config: With what the run is to go on.
+        kept_settings: Names of settings that the saved state holds or depends on: another value
+            would not fit it or have no effect.
+
+    Raises:
+        UserError: There is none, or `config` does not suit it.
+    """
+    assert config.resume is not None
+    checkpoint = load_checkpoint(find_run(config.resume, config.save_dir))
+    for message in checkpoint.damaged:
+        print(f"warning: {message}; it is left out", file=sys.stderr)
+    check_goes_on(config, checkpoint, kept_settings)
+    return checkpoint
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """The newest whole point of a run folder, or the one that a file in it belongs to.
+
+    Raises:
+        UserError: There is none.
+    """
+    run_dir, wanted = path, None
+    if (match := NUMBERED_NAME.fullmatch(path.name)) and path.is_file():
+        run_dir, wanted = path.parent, int(match[1])
+    elif not path.is_dir():
+        raise UserError(f"resume: there is no folder '{path}'; give the folder of a run")
+    numbers = sorted(numbered_files(run_dir, MANIFEST_NAME).values(), reverse=True)
+    damaged: list[str] = []
+    for number in numbers if wanted is None else [wanted]:
+        try:
+            _check_files(run_dir, number)
+            state = load_state(state_path(run_dir, number))
+            weights = load_weights(weights_path(run_dir, number))
+        except UserError as error:
+            damaged.append(str(error))
+        else:
+            return Checkpoint(run_dir, number, weights, state, damaged)
+    reasons = "".join(f"\n  {message}" for message in damaged)
+    raise UserError(
+        f"resume: '{path}' holds no whole checkpoint to go on from; start a new run{reasons}"
+    )
+
+
+def find_run(resume: Path, save_dir: Path | None) -> Path:
+    """What `resume` means: itself, or the newest run in `save_dir` that has a checkpoint."""
+    if str(resume) != NEWEST_RUN:
+        return resume
+    folders = save_dir.iterdir() if save_dir is not None and save_dir.is_dir() else ()
+    written = {
+        max(manifest.stat().st_mtime_ns for manifest in manifests): folder
+        for folder in folders
+        if folder.is_dir() and (manifests := numbered_files(folder, MANIFEST_NAME))
+    }
+    if not written:
+        raise UserError(
+            f"resume: no run in save_dir '{save_dir}' has a checkpoint to go on from; start one "
+            "without resume, or give the folder of a run"
+        )
+    return written[max(written)]
+
+
+def check_goes_on(
+    config: TrainingConfig, checkpoint: Checkpoint, kept_settings: Iterable[str]
+) -> None:
+    """See that `config` suits a run's checkpoint.
+
+    Args:
+        config: With what the run is to go on.
+        checkpoint: Where it is.
+        kept_settings: Names of the settings that must be as they were.
+
+    Raises:
+        UserError: It does not.
+    """
+    path = checkpoint.run_dir / CONFIG_FILE
+    before = validate_config(type(config), read_yaml(path), str(path)).model_dump(mode="json")
+    now = config.model_dump(mode="json")
+    changes = [c for name in kept_settings for c in _changes(name, before[name], now[name])]
+    if changes:
+        raise UserError(
+            f"resume: a run goes on with the settings in {path}, but given are "
+            f"{', '.join(changes)}; remove the change, or start a new run without resume"
+        )
+    if config.n_batches * config.batch_size < checkpoint.n_samples:
+        n_least = -(-checkpoint.n_samples // config.samples_per_step) * config.samples_per_step
+        raise UserError(
+            f"n_samples ({config.n_samples}) must be at least {n_least}, since the run in "
+            f"'{checkpoint.run_dir}' has been trained on {checkpoint.n_samples} samples; raise it, "
+            "or start a new run without resume"
+        )
+
+
+def clear_what_came_after(checkpoint: Checkpoint, metrics_path: Path) -> None:
+    """Forget what the run will do again: later points and metrics. Remove half-written files."""
+    for number in numbered_files(checkpoint.run_dir, MANIFEST_NAME).values():
+        if number > checkpoint.n_samples:
+            _forget_state(checkpoint.run_dir, number)
+    for temporary in checkpoint.run_dir.glob(TEMPORARY_FILES):
+        temporary.unlink()
+    n_bytes = checkpoint.state["metrics_bytes"]
+    with metrics_path.open("a+b") as file:
+        if file.tell() < n_bytes:
+            raise UserError(
+                f"{metrics_path}: is shorter than when the checkpoint after "
+                f"{checkpoint.n_samples} samples was written; bring the whole file back"
+            )
+        file.truncate(n_bytes)
+
+
+def resume_line(run_dir: Path) -> str:
+    """What to type to go on with a run, as the script was called."""
+    program = sys.argv[:1] if sys.argv[0].endswith(".py") else sys.argv[:2]
+    interpreter = ["python"] if sys.argv[0].endswith(".py") else []
+    command = [*interpreter, *program, str(run_dir / CONFIG_FILE), "--resume", str(run_dir)]
+    return f"go on with: {shlex.join(command)}"
+
+
+def _forget_state(run_dir: Path, number: int) -> None:
+    # The manifest first: what is left without one is no point to go on from.
+    _manifest_path(run_dir, number).unlink()
+    state_path(run_dir, number).unlink(missing_ok=True)
+
+
+def _check_files(run_dir: Path, number: int) -> None:
+    path = _manifest_path(run_dir, number)
+    try:
+        expected = json.loads(path.read_text(encoding="utf-8"))["sha256"]
+        files = (weights_path(run_dir, number), state_path(run_dir, number))
+        damaged = [file for file in files if _checksum(file) != expected[file.name]]
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{path}: is damaged") from None
+    if damaged:
+        raise UserError(f"{damaged[0]}: is damaged, its checksum is not that in {path.name}")
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _manifest_path(run_dir: Path, n_samples: int) -> Path:
+    return run_dir / f"checkpoint_{n_samples}.json"
+
+
+def _changes(name: str, before: object, now: object) -> Iterator[str]:
+    """`name` and its values, or those of the settings below it, where they differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in now:
+            yield from _changes(f"{name}.{key}", before.get(key), now[key])
+    elif before != now:
+        yield f"{name}: {json.dumps(now)} instead of {json.dumps(before)}"

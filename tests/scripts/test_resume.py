@@ -1,0 +1,200 @@
+"""Runs that are stopped and go on, beside the same run in one piece."""
+
+import itertools
+import shlex
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sparsify.scripts.train_tlens_saes import train
+from sparsify.scripts.train_tlens_saes.run_train_tlens_saes import main
+
+from .conftest import write_yaml
+
+pytestmark = [pytest.mark.slow, pytest.mark.model]
+
+POSITION = "blocks.1.hook_resid_pre"
+
+
+@pytest.fixture(scope="module")
+def content(lm_run: Path, text_folder: Path) -> dict[str, Any]:
+    """Settings of six batches of 4 samples in three optimizer steps."""
+    data = {"dataset_name": str(text_folder), "n_ctx": 16, "shuffle_block_samples": 16}
+    return {
+        "tlens_model_path": str(lm_run / "model"),
+        "n_samples": 24,
+        "batch_size": 4,
+        "effective_batch_size": 8,
+        "lr": 1e-2,
+        "warmup_samples": 8,
+        "max_grad_norm": 1.0,
+        "log_every_n_grad_steps": 1,
+        "eval_every_n_samples": 8,
+        "eval_n_samples": 8,
+        "save_every_n_samples": 8,
+        "collect_act_frequency_every_n_samples": 12,
+        "act_frequency_n_tokens": 128,
+        "loss": {"sparsity": {"coeff": 0.01}, "logits_kl": {"coeff": 1.0}},
+        "saes": {"sae_positions": [POSITION], "dict_size_to_input_ratio": 16.0},
+        "train_data": data,
+        "eval_data": data,
+    }
+
+
+@pytest.fixture
+def config(content: dict[str, Any], tmp_path: Path) -> Path:
+    return write_yaml(tmp_path / "config.yaml", {**content, "save_dir": str(tmp_path / "out")})
+
+
+@pytest.fixture(scope="module")
+def whole(content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run in one piece."""
+    return run_in_one_piece(content, tmp_path_factory.mktemp("whole"))
+
+
+def run_in_one_piece(content: dict[str, Any], folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    config = write_yaml(folder / "config.yaml", {**content, "save_dir": str(folder / "out")})
+    assert main([str(config)]) == 0
+    (run_dir,) = (folder / "out").iterdir()
+    return run_dir
+
+
+def stop_in_batch(index: int, config: Path, signal_number: int = signal.SIGINT) -> Path:
+    """The folder of a run that gets a signal while it computes a batch."""
+    calls = itertools.count()
+    on_device = train.Trainer.on_device
+
+    def interrupted(trainer: train.Trainer, tokens: Tensor) -> Tensor:
+        if next(calls) == index:
+            signal.raise_signal(signal_number)
+        return on_device(trainer, tokens)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Trainer, "on_device", interrupted)
+        assert main([str(config)]) == 130
+    (run_dir,) = (config.parent / "out").iterdir()
+    return run_dir
+
+
+def assert_same_end(run_dir: Path, whole: Path) -> None:
+    """Same weights and metrics, to the last bit."""
+    assert (run_dir / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert (run_dir / "eval.json").read_bytes() == (whole / "eval.json").read_bytes()
+    for path in whole.glob("samples_*"):  # whose headers are in no fixed order
+        torch.testing.assert_close(
+            load_file(run_dir / path.name), load_file(path), rtol=0, atol=0, msg=path.name
+        )
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_a_run_that_was_stopped_anywhere_ends_as_if_it_had_not(
+    index: int, config: Path, whole: Path
+):
+    run_dir = stop_in_batch(index, config)
+    assert (run_dir / f"checkpoint_{4 * index + 4}.json").exists()
+    assert main([str(config), "--resume", str(run_dir)]) == 0
+    assert_same_end(run_dir, whole)
+
+
+def test_row_sparse_gradients_between_two_steps_are_kept(
+    content: dict[str, Any], config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sparsify.kernels.sparse.MIN_DENSE_SIZE", 0)
+    monkeypatch.setattr("sparsify.kernels.sparse.MAX_ACTIVE_SHARE", 1.0)
+    run_dir = stop_in_batch(2, config)
+    assert main([str(config), "--resume", str(run_dir)]) == 0
+    assert_same_end(run_dir, run_in_one_piece(content, tmp_path / "whole"))
+
+
+def test_sigterm_prints_the_line_that_goes_on(
+    config: Path,
+    whole: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("sys.argv", ["run_train_tlens_saes.py"])
+    run_dir = stop_in_batch(2, config, signal.SIGTERM)
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    said, _, command = last_line.partition("go on with: ")
+    assert said == "interrupted; "
+    assert shlex.split(command)[:2] == ["python", "run_train_tlens_saes.py"]
+    assert main(shlex.split(command)[2:]) == 0
+    assert_same_end(run_dir, whole)
+
+
+def test_resume_alone_means_the_newest_run(config: Path, whole: Path):
+    run_dir = stop_in_batch(3, config)
+    assert main([str(config), "--resume"]) == 0
+    assert_same_end(run_dir, whole)
+
+
+def test_what_was_written_after_the_checkpoint_is_left_out(config: Path, whole: Path):
+    run_dir = stop_in_batch(3, config)
+    (run_dir / ".state_24.pt.1.tmp").write_bytes(b"half")
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"n_samples": 20, "lo')
+    assert main([str(config), "--resume", str(run_dir)]) == 0
+    assert_same_end(run_dir, whole)
+    assert not list(run_dir.glob(".*"))
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    config: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+):
+    run_dir = stop_in_batch(4, config)
+    path = run_dir / "state_20.pt"
+    path.write_bytes(path.read_bytes()[:-100])
+    capsys.readouterr()
+    assert main([str(config), "--resume", str(run_dir)]) == 0
+    assert f"warning: {path}: is damaged" in capsys.readouterr().err
+    assert_same_end(run_dir, whole)
+
+
+def test_a_chosen_checkpoint_is_gone_on_from(config: Path, whole: Path):
+    run_dir = stop_in_batch(4, config)
+    assert sorted(path.name for path in run_dir.glob("checkpoint_*")) == [
+        "checkpoint_16.json",
+        "checkpoint_20.json",
+    ]
+    assert main([str(config), "--resume", str(run_dir / "samples_16.safetensors")]) == 0
+    assert_same_end(run_dir, whole)
+    assert {path.name for path in run_dir.glob("state_*")} == {"state_16.pt", "state_24.pt"}
+
+
+def test_checkpoints_by_the_clock(config: Path, whole: Path):
+    overrides = ["--save_every_n_samples", "null", "--save_every_minutes", "1e-9"]
+    save_dir = config.parent / "clock"
+    assert main([str(config), "--save_dir", str(save_dir), *overrides]) == 0
+    (run_dir,) = save_dir.iterdir()
+    assert len(list(run_dir.glob("samples_*"))) == 6
+    assert_same_end(run_dir, whole)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--loss.sparsity.coeff", "2"], "loss.sparsity.coeff: 2.0 instead of 0.01; remove the"),
+        (["--n_samples", "12"], "n_samples (12) must be at least 16, since the run in"),
+        (["--resume", "/nope"], "resume: there is no folder '/nope'; give the folder of a run"),
+        (["--save_dir", "null"], "save_every_n_samples (8) needs a save_dir"),
+    ],
+)
+def test_what_does_not_go_on_is_refused_and_changes_nothing(
+    overrides: list[str], message: str, config: Path, capsys: pytest.CaptureFixture[str]
+):
+    run_dir = stop_in_batch(3, config)
+    before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
+    assert main([str(config), "--resume", str(run_dir), *overrides]) == 2
+    assert message in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
+
+
+def test_there_is_no_newest_run(config: Path, capsys: pytest.CaptureFixture[str]):
+    assert main([str(config), "--resume"]) == 2
+    assert "has a checkpoint to go on from; start one without resume" in capsys.readouterr().err

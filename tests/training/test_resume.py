@@ -1,0 +1,110 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsify.base_config import UserError
+from sparsify.training.checkpoints import save_weights
+from sparsify.training.resume import load_checkpoint, save_checkpoint
+
+
+def save(run_dir: Path, n_samples: int, keep_last: int = 2) -> None:
+    save_weights(run_dir, {"w": torch.full((1000,), float(n_samples))}, n_samples)
+    save_checkpoint(run_dir, n_samples, {"n": n_samples}, keep_last)
+
+
+def names(run_dir: Path) -> set[str]:
+    return {path.name for path in run_dir.iterdir()}
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    save(tmp_path, 8)
+    save(tmp_path, 100)
+    return tmp_path
+
+
+def test_the_newest_is_loaded(run_dir: Path):
+    checkpoint = load_checkpoint(run_dir)
+    assert (checkpoint.n_samples, checkpoint.state, checkpoint.damaged) == (100, {"n": 100}, [])
+    torch.testing.assert_close(checkpoint.weights, {"w": torch.full((1000,), 100.0)})
+
+
+def test_only_the_last_keep_their_state_and_all_their_weights(run_dir: Path):
+    save(run_dir, 200)
+    assert names(run_dir) == {
+        "samples_8.safetensors",
+        *("samples_100.safetensors", "state_100.pt", "checkpoint_100.json"),
+        *("samples_200.safetensors", "state_200.pt", "checkpoint_200.json"),
+    }
+
+
+@pytest.mark.parametrize("file", ["checkpoint_8.json", "samples_8.safetensors", "state_8.pt"])
+def test_any_file_of_a_checkpoint_chooses_it(file: str, run_dir: Path):
+    assert load_checkpoint(run_dir / file).n_samples == 8
+
+
+@pytest.mark.parametrize("name", ["samples_100.safetensors", "state_100.pt"])
+@pytest.mark.parametrize("where", [0.0, 0.3, 0.6, 1.0])
+def test_a_flipped_bit_is_found_anywhere(name: str, where: float, run_dir: Path):
+    path = run_dir / name
+    content = bytearray(path.read_bytes())
+    content[int(where * (len(content) - 1))] ^= 1
+    path.write_bytes(content)
+    checkpoint = load_checkpoint(run_dir)
+    assert checkpoint.n_samples == 8
+    (message,) = checkpoint.damaged
+    assert message.startswith(f"{path}: is damaged")
+    with pytest.raises(UserError, match="holds no whole checkpoint"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["samples_100.safetensors", "state_100.pt"])
+def test_a_missing_file_is_found(name: str, run_dir: Path):
+    (run_dir / name).unlink()
+    checkpoint = load_checkpoint(run_dir)
+    assert checkpoint.n_samples == 8
+    assert checkpoint.damaged == [f"{run_dir / name}: cannot be read (No such file or directory)"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"sha256": 3}',
+        '{"sha256": {}}',
+        json.dumps({"sha256": {"../../etc/passwd": ""}}),
+        "\x00" * 50,
+        "[" * 100_000,
+    ],
+)
+def test_a_damaged_manifest_is_found(content: str, run_dir: Path):
+    path = run_dir / "checkpoint_100.json"
+    path.write_text(content)
+    checkpoint = load_checkpoint(run_dir)
+    assert (checkpoint.n_samples, checkpoint.damaged) == (8, [f"{path}: is damaged"])
+
+
+def test_without_its_manifest_a_checkpoint_is_none(run_dir: Path):
+    (run_dir / "checkpoint_100.json").unlink()
+    assert load_checkpoint(run_dir).n_samples == 8
+
+
+def test_a_folder_without_whole_checkpoints_says_what_is_wrong_with_each(run_dir: Path):
+    (run_dir / "state_8.pt").unlink()
+    (run_dir / "checkpoint_100.json").write_text("{")
+    message = (
+        r"(?s)^resume: '.*' holds no whole checkpoint to go on from; start a new run"
+        r".*checkpoint_100.json: is damaged.*state_8.pt: cannot be read"
+    )
+    with pytest.raises(UserError, match=message):
+        load_checkpoint(run_dir)
+
+
+def test_there_must_be_a_folder(tmp_path: Path):
+    with pytest.raises(UserError, match=r"^resume: there is no folder '.*no'; give the folder of"):
+        load_checkpoint(tmp_path / "no")
