@@ -164,7 +164,7 @@ class HookedModel:
         if not self._unembedding_agrees:
             raise UserError(
                 "tlens_model: its logits are not what its final norm and unembedding give, so the "
-                "output of two runs cannot be compared; leave out loss.logits_kl and evaluation"
+                "output of two runs cannot be compared; set loss.logits_kl and eval_data to null"
             )
 
     @torch.no_grad()

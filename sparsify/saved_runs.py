@@ -70,7 +70,7 @@ def load_saes(model: SAETransformer, path: Path, identity: dict[str, str]) -> li
             the same shape.
     """
     weights = load_weights(path)
-    _check_identity(path, load_metadata(path), identity)
+    check_identity(path, load_metadata(path), identity)
     by_key = {position.replace(".", "-"): position for position in model.raw_sae_positions}
     keys = list(dict.fromkeys(name.split(".")[0] for name in weights))
     for key in keys:
@@ -107,7 +107,8 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def _check_identity(path: Path, found: dict[str, str], wanted: dict[str, str]) -> None:
+def check_identity(path: Path, found: dict[str, str], wanted: dict[str, str]) -> None:
+    """Raise a `UserError` if the SAEs in the file at `path` belong to another model."""
     for key, value in wanted.items():
         # Checkpoints of the original system record nothing.
         if found.get(key, value) != value:

@@ -7,8 +7,9 @@ memory is one chunk.
 
 import codecs
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,8 @@ import numpy as np
 from datasets import IterableDataset
 
 from sparsify.base_config import UserError
+from sparsify.data.faults import retried
+from sparsify.data.shard_rows import ShardRows
 
 Position = list[Any]
 """Place in a stream; what it holds is the stream's own business, but it is always plain data."""
@@ -90,16 +93,21 @@ class TextFiles:
 
     def _read(self, path: Path, offset: int) -> tuple[str, int]:
         try:
-            return read_piece(path, offset)
+            return retried(lambda: read_piece(path, offset), str(path))
         except UnicodeDecodeError:
             if self.skip_binary:
                 return "", 0
             raise UserError(
                 f"dataset_name: '{path}' is not UTF-8 text; convert or remove it"
             ) from None
+        except EOFError:
+            raise UserError(
+                f"dataset_name: '{path}' has become shorter than the {offset} bytes already read "
+                f"of it; restore it, then resume the run, or start anew with it as it is"
+            ) from None
         except OSError as error:
             raise UserError(
-                f"dataset_name: '{path}' cannot be read ({error.strerror}); "
+                f"dataset_name: '{path}' cannot be read ({error.strerror or error}); "
                 f"restore it, make it readable, or start anew without it"
             ) from None
 
@@ -111,9 +119,12 @@ def read_piece(path: Path, offset: int, max_bytes: int = CHUNK_CHARS) -> tuple[s
 
     Raises:
         UnicodeDecodeError: The piece is not UTF-8.
+        EOFError: The file ends before `offset`, which was not its end when the last piece was read.
     """
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
+        if offset and offset >= size:
+            raise EOFError(f"{path} has {size} bytes, and byte {offset} was asked for")
         file.seek(offset)
         data = file.read(max_bytes)
     if offset + len(data) >= size:
@@ -134,12 +145,14 @@ class TableRows:
         column: Its column of texts or of lists of token ids.
         is_tokenized: Which of the two.
         name: What to call the table in messages.
+        files: The local file of each shard. Empty: the table is not local, or not read from them.
     """
 
     dataset: IterableDataset
     column: str
     is_tokenized: bool
     name: str
+    files: Sequence[str] = ()
 
     def chunks(self, rng: np.random.Generator, position: Position | None) -> Iterator[Chunk]:
         """See `Documents`. A position is the number of shards done and the state of the next."""
@@ -147,30 +160,22 @@ class TableRows:
         order = rng.permutation(n_shards)
         n_done, state = position or (0, None)
         for index in range(n_done, n_shards):
-            shard = self.dataset.shard(num_shards=n_shards, index=int(order[index]))
-            if state is not None:
-                shard.load_state_dict(state)
+            shard = int(order[index])
+            rows = ShardRows(
+                partial(self.dataset.shard, num_shards=n_shards, index=shard),
+                state,
+                self.name,
+                self.files[shard] if len(self.files) == n_shards else None,
+            )
             state = None
             documents: list[Any] = []  # str or list[int], as `is_tokenized` says
-            for row in self._readable(shard):
+            for row in rows:
                 documents += self.contents(row)
                 if len(documents) == CHUNK_DOCUMENTS or _n_items(documents) >= CHUNK_CHARS:
-                    yield Chunk(documents, [index, shard.state_dict()])
+                    yield Chunk(documents, [index, rows.state_dict()])
                     documents = []
             if documents:
                 yield Chunk(documents, [index + 1, None])
-
-    def _readable(self, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        try:
-            yield from rows
-        # `datasets` passes on the errors of pyarrow, the file system, the network and its own; all
-        # mean that the next row cannot be read. The file, if there are several, is in its log.
-        except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(
-                f"dataset_name: '{self.name}' cannot be read to its end: {reason}; replace or "
-                f"remove the damaged file, or, for data of the hub, check the network"
-            ) from error
 
     def contents(self, row: dict[str, Any]) -> list[str] | list[list[int]]:
         """The document of a row, or nothing if it is empty.

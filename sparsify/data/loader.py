@@ -98,7 +98,7 @@ class TokenLoader:
                 drop_last=True,
                 collate_fn=_collate,
                 num_workers=num_workers,
-                worker_init_fn=_leave_interrupts_to_the_main_process,
+                worker_init_fn=_leave_signals_to_the_main_process,
                 generator=torch.Generator(),  # or each iteration would draw from the global one
             )
 
@@ -147,9 +147,14 @@ def _check_first_batch(sequences: _ReportingSequences, batch_size: int) -> None:
         raise batch
 
 
-def _leave_interrupts_to_the_main_process(worker: int) -> None:
-    # Ctrl-C reaches the worker as well, but the main process may want more batches before it stops.
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    # Ctrl-C, or a signal to the whole process group, would end the worker, but the main process may
+    # want more batches before it stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+    # The fork took over what the main process does on SIGTERM, by which it ends the worker.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _collate(rows: list[Row | UserError]) -> Int[Tensor, "batch pos"] | UserError:

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset, load_dataset_builder
 
 from sparsify.base_config import UserError
 from sparsify.data.config import PYTHON_STDLIB, DataConfig, table_settings
 from sparsify.data.documents import CHUNK_DOCUMENTS, Documents, TableRows, TextFiles
 from sparsify.data.python_stdlib import iter_files
 from sparsify.data.tokens import check_length
+from sparsify.secrets import one_line
 
 _TABLE_SUFFIXES = {".parquet", ".jsonl", ".json"}
 _MAX_SHARDS = 1024
@@ -80,7 +81,7 @@ def _open_table(config: DataConfig, path: Path | None) -> TableRows:
     if path is not None and config.subset is not None:
         raise UserError(f"subset: '{config.subset}' has no meaning for local files; remove it")
     try:
-        dataset = _load(config, path)
+        dataset, files = _load(config, path)
         first_row = next(iter(dataset.take(1)), None)
     # `datasets` passes on the errors of the hub client, the network, the file system, pyarrow and
     # its own; all mean that the data named by the person cannot be read.
@@ -94,7 +95,7 @@ def _open_table(config: DataConfig, path: Path | None) -> TableRows:
             f"set it to one of {', '.join(first_row)}"
         )
     rows = TableRows(
-        dataset.select_columns([config.column]), config.column, config.is_tokenized, name
+        dataset.select_columns([config.column]), config.column, config.is_tokenized, name, files
     )
     for document in rows.contents(first_row):
         if config.is_tokenized:
@@ -102,25 +103,32 @@ def _open_table(config: DataConfig, path: Path | None) -> TableRows:
     return rows
 
 
-def _load(config: DataConfig, path: Path | None) -> IterableDataset:
-    where = {"split": config.split, "streaming": config.streaming}
+def _load(config: DataConfig, path: Path | None) -> tuple[IterableDataset, tuple[str, ...]]:
+    """The table, and the local files that are its shards, if they are."""
     if path is None:
-        dataset = load_dataset(config.dataset_name, config.subset, **where)
+        where, data_files = config.dataset_name, None
     elif path.is_dir():
-        dataset = load_dataset(str(path.absolute()), **where)
+        where, data_files = str(path.absolute()), None
     else:
         # As a file of its folder: asked for by its format, `datasets` would call home.
-        dataset = load_dataset(str(path.absolute().parent), data_files=path.name, **where)
+        where, data_files = str(path.absolute().parent), path.name
+    dataset = load_dataset(
+        where, config.subset, data_files=data_files, split=config.split, streaming=config.streaming
+    )
     if isinstance(dataset, Dataset):
         n_shards = min(_MAX_SHARDS, max(1, len(dataset) // CHUNK_DOCUMENTS))
-        return dataset.to_iterable_dataset(num_shards=n_shards)
-    return dataset
+        return dataset.to_iterable_dataset(num_shards=n_shards), ()
+    if path is None:
+        return dataset, ()
+    builder = load_dataset_builder(where, data_files=data_files)
+    files = (builder.config.data_files or {}).get(config.split, [])
+    return dataset, tuple(map(str, files))
 
 
 def _refusal(config: DataConfig, path: Path | None, error: Exception) -> str:
     if path is not None and path.is_file() and path.stat().st_size == 0:
         return f"dataset_name: '{config.dataset_name}' is empty; name data with at least one row"
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = one_line(error)
     if path is not None:
         remedy = "check the file and the split"
     else:

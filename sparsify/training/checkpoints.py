@@ -17,6 +17,7 @@ from torch import Tensor
 from sparsify.base_config import UserError
 from sparsify.training.run_folder import replace_atomically
 
+STATE_NAME = re.compile(r"state_(\d+)\.pt")
 WEIGHTS_NAME = re.compile(r"samples_(\d+)\.(safetensors|pt)")
 
 

@@ -1,7 +1,7 @@
-"""What stops a run whose numbers are not finite, before they reach the weights."""
+"""What stops a run whose numbers are not finite, before they are saved."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -10,11 +10,17 @@ from torch import Tensor
 
 from sparsify.base_config import UserError
 
-REMEDY = "lower lr or set max_grad_norm"
+REMEDY = "set max_grad_norm and go on from a checkpoint, or start anew with a lower lr"
 
 
 def check_loss(
-    loss: Tensor, terms: Mapping[str, Tensor], tokens: Tensor, n_samples: int, run_dir: Path | None
+    loss: Tensor,
+    terms: Mapping[str, Tensor],
+    tokens: Tensor,
+    n_samples: int,
+    run_dir: Path | None,
+    *,
+    is_watched: bool,
 ) -> None:
     """See that the loss of a batch is finite; a GPU is waited for.
 
@@ -24,6 +30,7 @@ def check_loss(
         tokens: What the loss is of. Where it is not finite they are written to the run folder.
         n_samples: Samples trained on before.
         run_dir: Folder of the run. None: nothing is written.
+        is_watched: Whether every batch before was looked at too.
 
     Raises:
         UserError: It is not. The message names the term and its position.
@@ -32,14 +39,15 @@ def check_loss(
         return
     bad = {name: value.item() for name, value in terms.items() if not torch.isfinite(value)}
     name, value = next(iter(bad.items()), ("", loss.item()))
-    batch = "its batch"
+    batch = "The batch"
     if run_dir is not None:
         path = run_dir / f"bad_batch_{n_samples}.safetensors"
         save_file({"tokens": tokens.cpu()}, path)
-        batch = f"its batch, whose tokens are in {path},"
+        batch = f"The batch, whose tokens are in {path},"
+    blame = "has not been trained on" if is_watched else "or one since the last log line, is why"
     raise UserError(
-        f"loss{f'/train/{name}' if name else ''} is {value} after {n_samples} samples; {batch} has "
-        f"not been trained on. Look at it, or {REMEDY} and go on from a checkpoint"
+        f"loss{f'/train/{name}' if name else ''} is {value} after {n_samples} samples. "
+        f"{batch} {blame}; {REMEDY}"
     )
 
 
@@ -47,6 +55,13 @@ def check_gradient(grad_norm: Tensor, n_samples: int) -> None:
     """Raise a `UserError` if the norm of a gradient is not finite; a GPU is waited for."""
     if not math.isfinite(value := grad_norm.item()):
         raise UserError(
-            f"grad_norm is {value} after {n_samples} samples, before the optimizer step; {REMEDY} "
-            "and go on from a checkpoint"
+            f"grad_norm is {value} after {n_samples} samples, before the optimizer step; {REMEDY}"
+        )
+
+
+def check_weights(weights: Iterable[Tensor], n_samples: int) -> None:
+    """Raise a `UserError` if a weight is not finite; a GPU is waited for."""
+    if not all(bool(torch.isfinite(weight).all()) for weight in weights):
+        raise UserError(
+            f"weights are no longer finite after {n_samples} samples and are not saved; {REMEDY}"
         )

@@ -2,6 +2,7 @@
 
 import torch
 
+from sparsify.base_config import UserError
 from sparsify.sae_transformer import SAETransformer
 
 
@@ -19,11 +20,20 @@ def set_precision(model: SAETransformer, mixed: bool | None) -> bool:
 
     Returns:
         Whether it is mixed now.
+
+    Raises:
+        UserError: The model's weights have a precision that does not mix.
     """
     device = next(model.tlens_model.parameters()).device
     is_gpu = device.type == "cuda"
     is_mixed = is_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     is_mixed = is_mixed if mixed is None else mixed
+    dtype = next(model.tlens_model.parameters()).dtype
+    if is_mixed and dtype not in (torch.float32, torch.bfloat16):
+        raise UserError(
+            f"mixed_precision: the model's weights are {dtype}, which bfloat16 does not mix with; "
+            "load it in float32 or bfloat16, or set mixed_precision to false"
+        )
     model.hooked_model.product_dtype = torch.bfloat16 if is_mixed else None
     if is_gpu:
         torch.set_float32_matmul_precision("high" if is_mixed else "highest")

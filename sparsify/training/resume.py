@@ -19,6 +19,8 @@ from torch import Tensor
 
 from sparsify.base_config import UserError, read_yaml, validate_config
 from sparsify.training.checkpoints import (
+    STATE_NAME,
+    WEIGHTS_NAME,
     load_state,
     load_weights,
     numbered_files,
@@ -65,9 +67,14 @@ def save_checkpoint(
     files = (weights_path(run_dir, n_samples), save_state(run_dir, n_samples, state))
     content = {"n_samples": n_samples, "sha256": {file.name: _checksum(file) for file in files}}
     write_text(_manifest_path(run_dir, n_samples), json.dumps(content, indent=1) + "\n")
-    numbers = sorted(numbered_files(run_dir, MANIFEST_NAME).values())
-    for number in numbers[:-keep_last]:
-        _forget_state(run_dir, number)
+    kept = sorted(numbered_files(run_dir, MANIFEST_NAME).values())[-keep_last:]
+    for manifest, number in numbered_files(run_dir, MANIFEST_NAME).items():
+        if number not in kept:
+            manifest.unlink()
+    # Those without a manifest too, which a crash may have left.
+    for state_file, number in numbered_files(run_dir, STATE_NAME).items():
+        if number not in kept:
+            state_file.unlink()
 
 
 def checkpoint_to_go_on_from(config: TrainingConfig, kept_settings: Iterable[str]) -> Checkpoint:
@@ -82,7 +89,7 @@ def checkpoint_to_go_on_from(config: TrainingConfig, kept_settings: Iterable[str
         UserError: There is none, or `config` does not suit it.
     """
     assert config.resume is not None
-    checkpoint = load_checkpoint(find_run(config.resume, config.save_dir))
+    checkpoint = load_checkpoint(find_run(config.resume, config.save_dir, type(config)))
     for message in checkpoint.damaged:
         print(f"warning: {message}; it is left out", file=sys.stderr)
     check_goes_on(config, checkpoint, kept_settings)
@@ -109,23 +116,37 @@ def load_checkpoint(path: Path) -> Checkpoint:
             weights = load_weights(weights_path(run_dir, number))
         except UserError as error:
             damaged.append(str(error))
+        except OSError as error:  # which may pass, so the point is not given up
+            raise UserError(
+                f"{error.filename}: cannot be read ({error.strerror}); try again"
+            ) from None
         else:
             return Checkpoint(run_dir, number, weights, state, damaged)
     reasons = "".join(f"\n  {message}" for message in damaged)
+    if wanted is not None and wanted not in numbers:
+        raise UserError(
+            f"resume: '{path}' has no training state any more, since keep_last keeps that of the "
+            f"last ones; go on from one of {', '.join(map(str, numbers))} samples"
+        )
     raise UserError(
         f"resume: '{path}' holds no whole checkpoint to go on from; start a new run{reasons}"
     )
 
 
-def find_run(resume: Path, save_dir: Path | None) -> Path:
-    """What `resume` means: itself, or the newest run in `save_dir` that has a checkpoint."""
+def find_run(resume: Path, save_dir: Path | None, config_class: type[TrainingConfig]) -> Path:
+    """What `resume` means: itself, or the newest run in `save_dir` that has a checkpoint.
+
+    Only runs whose config is a `config_class` count.
+    """
     if str(resume) != NEWEST_RUN:
         return resume
     folders = save_dir.iterdir() if save_dir is not None and save_dir.is_dir() else ()
     written = {
         max(manifest.stat().st_mtime_ns for manifest in manifests): folder
         for folder in folders
-        if folder.is_dir() and (manifests := numbered_files(folder, MANIFEST_NAME))
+        if folder.is_dir()
+        and (manifests := numbered_files(folder, MANIFEST_NAME))
+        and _is_of_kind(folder, config_class)
     }
     if not written:
         raise UserError(
@@ -167,20 +188,18 @@ def check_goes_on(
 
 
 def clear_what_came_after(checkpoint: Checkpoint, metrics_path: Path) -> None:
-    """Forget what the run will do again: later points and metrics. Remove half-written files."""
-    for number in numbered_files(checkpoint.run_dir, MANIFEST_NAME).values():
-        if number > checkpoint.n_samples:
-            _forget_state(checkpoint.run_dir, number)
-    for temporary in checkpoint.run_dir.glob(TEMPORARY_FILES):
+    """Put aside what the run will do again, as `abandoned_*`, and cut off metrics logged since."""
+    run_dir, n_samples = checkpoint.run_dir, checkpoint.n_samples
+    for name in (MANIFEST_NAME, STATE_NAME, WEIGHTS_NAME):
+        for path, number in numbered_files(run_dir, name).items():
+            if number > n_samples:
+                path.replace(path.with_name(f"abandoned_{path.name}"))
+    (run_dir / "eval.json").unlink(missing_ok=True)
+    for temporary in run_dir.glob(TEMPORARY_FILES):
         temporary.unlink()
-    n_bytes = checkpoint.state["metrics_bytes"]
     with metrics_path.open("a+b") as file:
-        if file.tell() < n_bytes:
-            raise UserError(
-                f"{metrics_path}: is shorter than when the checkpoint after "
-                f"{checkpoint.n_samples} samples was written; bring the whole file back"
-            )
-        file.truncate(n_bytes)
+        if file.tell() > checkpoint.state["metrics_bytes"]:
+            file.truncate(checkpoint.state["metrics_bytes"])
 
 
 def resume_line(run_dir: Path) -> str:
@@ -191,10 +210,13 @@ def resume_line(run_dir: Path) -> str:
     return f"go on with: {shlex.join(command)}"
 
 
-def _forget_state(run_dir: Path, number: int) -> None:
-    # The manifest first: what is left without one is no point to go on from.
-    _manifest_path(run_dir, number).unlink()
-    state_path(run_dir, number).unlink(missing_ok=True)
+def _is_of_kind(run_dir: Path, config_class: type[TrainingConfig]) -> bool:
+    path = run_dir / CONFIG_FILE
+    try:
+        validate_config(config_class, read_yaml(path), str(path))
+    except UserError:
+        return False
+    return True
 
 
 def _check_files(run_dir: Path, number: int) -> None:
@@ -203,8 +225,8 @@ def _check_files(run_dir: Path, number: int) -> None:
         expected = json.loads(path.read_text(encoding="utf-8"))["sha256"]
         files = (weights_path(run_dir, number), state_path(run_dir, number))
         damaged = [file for file in files if _checksum(file) != expected[file.name]]
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename}: is missing") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path}: is damaged") from None
     if damaged:

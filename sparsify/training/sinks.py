@@ -13,11 +13,10 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from sparsify.base_config import UserError
-from sparsify.training.checkpoints import save_weights, weights_path
+from sparsify.training.checkpoints import save_weights
 from sparsify.training.config import TrainingConfig
-from sparsify.training.run_folder import CONFIG_FILE
 from sparsify.training.terminal_sink import TerminalSink
+from sparsify.training.wandb_sink import WandbSink
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -106,63 +105,13 @@ class RunFolderSink(NullSink):
         self._file.flush()
 
     def save(self, weights: Mapping[str, Tensor], n_samples: int) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint. What was logged before it is on disk then as well."""
+        os.fsync(self._file.fileno())
         save_weights(self.run_dir, weights, n_samples, self.metadata)
 
     def close(self, *, has_failed: bool = False) -> None:
         """Close the file of metrics."""
         self._file.close()
-
-
-class WandbSink(NullSink):
-    """A run of Weights & Biases, its steps counted in samples.
-
-    The account is read from the environment, to which scripts add what `.env` says:
-    `WANDB_API_KEY`, `WANDB_ENTITY`; `WANDB_MODE=offline` keeps the run on disk.
-
-    Args:
-        config: What the run was started with; `wandb_project` is set.
-        run_name: Name shown for the run.
-        run_dir: Folder whose config and weights are uploaded. None: nothing is uploaded.
-
-    Raises:
-        UserError: The run cannot be started.
-    """
-
-    def __init__(self, config: TrainingConfig, run_name: str, run_dir: Path | None) -> None:
-        # Importing wandb takes a second, which only runs that use it should pay.
-        import wandb
-
-        try:
-            self._run = wandb.init(
-                project=config.wandb_project,
-                entity=os.environ.get("WANDB_ENTITY"),
-                name=run_name,
-                config=config.model_dump(mode="json"),
-                dir=os.environ.get("WANDB_DIR") or run_dir,
-            )
-        except wandb.Error as error:
-            raise UserError(
-                f"wandb_project: no run in '{config.wandb_project}' could be started ({error}); "
-                "set WANDB_API_KEY in .env, or WANDB_MODE=offline, or wandb_project to null"
-            ) from None
-        self.run_dir = run_dir
-        if run_dir is not None:
-            self._run.save(run_dir / CONFIG_FILE, base_path=run_dir, policy="now")
-
-    def log(self, metrics: Mapping[str, float], n_samples: int) -> None:
-        """Send numbers."""
-        self._run.log(dict(metrics), step=n_samples)
-
-    def save(self, weights: Mapping[str, Tensor], n_samples: int) -> None:
-        """Upload the file that the run folder's sink, which comes first, has written."""
-        if self.run_dir is not None:
-            path = weights_path(self.run_dir, n_samples)
-            self._run.save(path, base_path=self.run_dir, policy="now")
-
-    def close(self, *, has_failed: bool = False) -> None:
-        """Send what is left and end the run."""
-        self._run.finish(exit_code=int(has_failed))
 
 
 def report_early_end(sink: Sink, n_samples: int, n_wanted: int, trained: str) -> None:

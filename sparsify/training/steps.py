@@ -99,6 +99,10 @@ class GradientStepper:
             optimizer.load_state_dict(content)
         for scheduler, content in zip(self.schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(content)
+            # Otherwise the next step would be by the schedule of the run that was saved.
+            for index, group in enumerate(scheduler.optimizer.param_groups):
+                factor = scheduler.lr_lambdas[index](scheduler.last_epoch)
+                group["lr"] = scheduler.base_lrs[index] * factor
         for parameter, gradient in zip(self.parameters, state["gradients"], strict=True):
             parameter.grad = None if gradient is None else gradient.to(parameter)
         self._n_batches_in_step = state["n_batches_in_step"]

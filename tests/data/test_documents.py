@@ -118,3 +118,30 @@ def test_file_that_cannot_be_read_is_refused(tmp_path: Path):
 def test_empty_rows_are_left_out():
     table = Dataset.from_dict({"text": ["a", "", None, "b"]}).to_iterable_dataset()
     assert joined(read_all(TableRows(table, "text", is_tokenized=False, name="t"))) == ["a", "b"]
+
+
+def test_long_file_that_becomes_shorter_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(documents.read_piece, "__defaults__", (100,))
+    path = tmp_path / "a.txt"
+    path.write_text("nine more\n" * 50)
+    chunks = TextFiles([path], skip_binary=True).chunks(np.random.default_rng(0), None)
+    next(chunks)
+    path.write_text("nine more\n" * 10)
+    message = r"a.txt' has become shorter than the 100 bytes already read of it; restore it, then"
+    with pytest.raises(UserError, match=message):
+        list(chunks)
+
+
+def test_long_file_that_vanishes_while_it_is_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(documents.read_piece, "__defaults__", (100,))
+    path = tmp_path / "a.txt"
+    path.write_text("nine more\n" * 50)
+    chunks = TextFiles([path], skip_binary=True).chunks(np.random.default_rng(0), None)
+    next(chunks)
+    path.unlink()
+    with pytest.raises(UserError, match=r"a.txt' cannot be read \(No such file or directory\); re"):
+        list(chunks)

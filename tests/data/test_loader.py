@@ -3,20 +3,23 @@ import multiprocessing
 import os
 import pickle
 import signal
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from sparsify.base_config import UserError
+from sparsify.data import documents, faults
 from sparsify.data.config import DataConfig
-from sparsify.data.loader import TokenLoader, build_loader
-from sparsify.data.tokens import TokenSequences
+from sparsify.data.documents import TableRows
+from sparsify.data.loader import TokenLoader, _ReportingSequences, build_loader
+from sparsify.data.tokens import TextPacker, TokenSequences
 
 Workers = Literal[0, 1]
 
@@ -179,9 +182,71 @@ def test_table_with_a_damaged_later_file_is_reported_in_one_line(
     Dataset.from_dict({"text": ["X" * 20]}).to_parquet(tmp_path / "table" / "0.parquet")
     (tmp_path / "table" / "1.parquet").write_text("no parquet")
     loader = build({"dataset_name": str(tmp_path / "table")}, tokenizer, num_workers)
-    message = r"^dataset_name: '.*table' cannot be read to its end: [^\n]*; replace or [^\n]*$"
+    message = r"^dataset_name: '.*table.1.parquet', a file of [^\n]*; replace the damaged [^\n]*$"
     with pytest.raises(UserError, match=message):
         list(loader)
+
+
+class _Flaky:
+    """Rows of a table, with an error before some of them, each only once."""
+
+    def __init__(self, texts: list[str], fault_dir: Path, fails_before: list[int]) -> None:
+        self.texts = texts
+        self.fault_dir = fault_dir  # a file there marks an error that has come, in any process
+        self.fails_before = fails_before
+
+    def __call__(self) -> Iterator[dict[str, str]]:
+        for number, text in enumerate(self.texts):
+            mark = self.fault_dir / str(number)
+            if number in self.fails_before and not mark.exists():
+                mark.touch()
+                raise ConnectionError("the connection was reset")
+            yield {"text": text}
+
+
+def flaky_loader(
+    texts: list[str], tokenizer: PreTrainedTokenizerFast, num_workers: Workers, flaky: _Flaky
+) -> TokenLoader:
+    rows = IterableDataset.from_generator(flaky)
+    sequences = _ReportingSequences(
+        TableRows(rows, "text", is_tokenized=False, name="flaky"),
+        TextPacker(tokenizer, 8, 0, None),
+        n_epochs=2,
+        block_samples=30,
+        seed=0,
+        name="flaky",
+    )
+    return TokenLoader(sequences, 4, num_workers)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_batches_and_states_are_the_same_in_spite_of_a_transient_error(
+    num_workers: Workers,
+    tmp_path: Path,
+    texts: list[str],
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(faults, "RETRY_DELAYS_S", (0.0,))
+    monkeypatch.setattr(documents, "CHUNK_DOCUMENTS", 7)
+    (tmp_path / "marks").mkdir()
+
+    def load(fails_before: list[int]) -> TokenLoader:
+        flaky = _Flaky(texts, tmp_path / "marks", fails_before)
+        return flaky_loader(texts, tokenizer, num_workers, flaky)
+
+    expected = list(load([]))
+    loader = load([0, 9, 10, 39])
+    given = iter(loader)
+    first = list(islice(given, 11))
+    state = saved_and_loaded(loader.state_dict())
+    rest = list(given)
+    assert len(list((tmp_path / "marks").iterdir())) == 4
+    assert len(expected) > 22
+    assert as_lists(first + rest) == as_lists(expected)
+    resumed = load([])
+    resumed.load_state_dict(state)
+    assert as_lists(list(resumed)) == as_lists(expected[11:])
 
 
 def test_rows_of_another_length_are_rejected_at_once(

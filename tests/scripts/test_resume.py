@@ -1,18 +1,23 @@
 """Runs that are stopped and go on, beside the same run in one piece."""
 
 import itertools
+import os
 import shlex
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparsify.scripts.train_tlens_saes import train
 from sparsify.scripts.train_tlens_saes.run_train_tlens_saes import main
+from sparsify.training.resume import load_checkpoint
 
 from .conftest import write_yaml
 
@@ -41,7 +46,7 @@ def content(lm_run: Path, text_folder: Path) -> dict[str, Any]:
         "act_frequency_n_tokens": 128,
         "loss": {"sparsity": {"coeff": 0.01}, "logits_kl": {"coeff": 1.0}},
         "saes": {"sae_positions": [POSITION], "dict_size_to_input_ratio": 16.0},
-        "train_data": data,
+        "train_data": {**data, "n_epochs": None},
         "eval_data": data,
     }
 
@@ -128,6 +133,41 @@ def test_sigterm_prints_the_line_that_goes_on(
     assert_same_end(run_dir, whole)
 
 
+def test_a_signal_to_the_whole_process_group_loses_nothing(config: Path):
+    script = Path(train.__file__).with_name("run_train_tlens_saes.py")
+    command = [sys.executable, str(script), str(config), "--n_samples", "100000"]
+    command += ["--log_every_n_grad_steps", "5"]
+    with subprocess.Popen(
+        command, start_new_session=True, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "/100,000 samples: loss" in line:
+                break
+        os.killpg(process.pid, signal.SIGTERM)
+        last_lines = process.stderr.read()
+    assert process.returncode == 130
+    assert "interrupted; go on with: " in last_lines
+    (run_dir,) = (config.parent / "out").iterdir()
+    n_samples = load_checkpoint(run_dir).n_samples
+    assert load_file(run_dir / f"samples_{n_samples}.safetensors")
+
+
+def test_another_model_is_not_gone_on_with(
+    content: dict[str, Any], config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    model = tmp_path / "model"
+    shutil.copytree(content["tlens_model_path"], model)
+    write_yaml(
+        config, {**content, "save_dir": str(tmp_path / "out"), "tlens_model_path": str(model)}
+    )
+    run_dir = stop_in_batch(3, config)
+    weights = load_file(model / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, model / "model.safetensors")
+    assert main([str(config), "--resume", str(run_dir)]) == 2
+    assert "use the model that they belong to" in capsys.readouterr().err
+
+
 def test_resume_alone_means_the_newest_run(config: Path, whole: Path):
     run_dir = stop_in_batch(3, config)
     assert main([str(config), "--resume"]) == 0
@@ -165,6 +205,10 @@ def test_a_chosen_checkpoint_is_gone_on_from(config: Path, whole: Path):
     assert main([str(config), "--resume", str(run_dir / "samples_16.safetensors")]) == 0
     assert_same_end(run_dir, whole)
     assert {path.name for path in run_dir.glob("state_*")} == {"state_16.pt", "state_24.pt"}
+    assert {path.name for path in run_dir.glob("abandoned_*")} == {
+        *("abandoned_samples_20.safetensors", "abandoned_state_20.pt"),
+        "abandoned_checkpoint_20.json",
+    }
 
 
 def test_checkpoints_by_the_clock(config: Path, whole: Path):

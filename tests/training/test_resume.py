@@ -1,3 +1,4 @@
+import errno
 import json
 from pathlib import Path
 
@@ -6,7 +7,12 @@ import torch
 
 from sparsify.base_config import UserError
 from sparsify.training.checkpoints import save_weights
-from sparsify.training.resume import load_checkpoint, save_checkpoint
+from sparsify.training.resume import (
+    Checkpoint,
+    clear_what_came_after,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 
 def save(run_dir: Path, n_samples: int, keep_last: int = 2) -> None:
@@ -65,7 +71,7 @@ def test_a_missing_file_is_found(name: str, run_dir: Path):
     (run_dir / name).unlink()
     checkpoint = load_checkpoint(run_dir)
     assert checkpoint.n_samples == 8
-    assert checkpoint.damaged == [f"{run_dir / name}: cannot be read (No such file or directory)"]
+    assert checkpoint.damaged == [f"{run_dir / name}: is missing"]
 
 
 @pytest.mark.parametrize(
@@ -99,10 +105,50 @@ def test_a_folder_without_whole_checkpoints_says_what_is_wrong_with_each(run_dir
     (run_dir / "checkpoint_100.json").write_text("{")
     message = (
         r"(?s)^resume: '.*' holds no whole checkpoint to go on from; start a new run"
-        r".*checkpoint_100.json: is damaged.*state_8.pt: cannot be read"
+        r".*checkpoint_100.json: is damaged.*state_8.pt: is missing"
     )
     with pytest.raises(UserError, match=message):
         load_checkpoint(run_dir)
+
+
+def test_a_read_that_fails_gives_no_checkpoint_up(run_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    read_text = Path.read_text
+
+    def fail(path: Path, **kwargs: str) -> str:
+        if path.name == "checkpoint_100.json":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return read_text(path, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    with pytest.raises(UserError, match=r"checkpoint_100.json: cannot be read .*; try again"):
+        load_checkpoint(run_dir)
+
+
+def test_a_checkpoint_whose_state_was_dropped_says_so(run_dir: Path):
+    save(run_dir, 200)
+    message = r"^resume: '.*' has no training state any more, .* go on from one of 200, 100 samples"
+    with pytest.raises(UserError, match=message):
+        load_checkpoint(run_dir / "samples_8.safetensors")
+
+
+def test_states_that_a_crash_left_without_a_manifest_are_removed(run_dir: Path):
+    (run_dir / "state_50.pt").touch()
+    save(run_dir, 200)
+    assert not (run_dir / "state_50.pt").exists()
+
+
+def test_what_came_after_is_put_aside(run_dir: Path):
+    metrics = run_dir / "metrics.jsonl"
+    metrics.write_text("12345")
+    clear_what_came_after(Checkpoint(run_dir, 8, {}, {"metrics_bytes": 3}, []), metrics)
+    assert metrics.read_text() == "123"
+    assert names(run_dir) == {
+        "metrics.jsonl",
+        *("samples_8.safetensors", "state_8.pt", "checkpoint_8.json"),
+        *("abandoned_samples_100.safetensors", "abandoned_state_100.pt"),
+        "abandoned_checkpoint_100.json",
+    }
+    assert load_checkpoint(run_dir).n_samples == 8
 
 
 def test_there_must_be_a_folder(tmp_path: Path):

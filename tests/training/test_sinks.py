@@ -1,17 +1,12 @@
 import json
 import math
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
-from sparsify.base_config import UserError
 from sparsify.training.config import TrainingConfig
-from sparsify.training.run_folder import write_config
-from sparsify.training.sinks import CompositeSink, NullSink, RunFolderSink, WandbSink, open_sinks
+from sparsify.training.sinks import CompositeSink, NullSink, RunFolderSink, open_sinks
 from sparsify.training.terminal_sink import TerminalSink, watched_metrics
 
 CONFIG = TrainingConfig(n_samples=1000, batch_size=10, lr=1e-3, wandb_project="sparsify-test")
@@ -106,43 +101,3 @@ def test_sinks_are_closed_whatever_happens(fails: bool, monkeypatch: pytest.Monk
     except RuntimeError:
         assert fails
     assert recording.calls == [("log", {"loss": 1.0}, 1000), ("close", fails)]
-
-
-def test_wandb_gets_metrics_by_samples_and_the_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    calls: list[Any] = []
-    run = SimpleNamespace(
-        log=lambda metrics, step: calls.append((metrics, step)),
-        save=lambda path, base_path, policy: calls.append(path.name),
-        finish=lambda exit_code: calls.append(exit_code),
-    )
-
-    def init(**arguments: Any) -> SimpleNamespace:
-        calls.append((arguments["project"], arguments["entity"], arguments["name"]))
-        return run
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=RuntimeError))
-    monkeypatch.setenv("WANDB_ENTITY", "team")
-    write_config(tmp_path, CONFIG)
-    with open_sinks(CONFIG, run_name="run", run_dir=tmp_path, n_ctx=8) as sink:
-        sink.log({"loss": 1.0}, 40)
-        sink.save({"w": torch.ones(1)}, 40)
-    assert calls == [
-        ("sparsify-test", "team", "run"),
-        "final_config.yaml",
-        ({"loss": 1.0}, 40),
-        "samples_40.safetensors",
-        0,
-    ]
-
-
-def test_wandb_that_cannot_start_is_one_message(monkeypatch: pytest.MonkeyPatch):
-    def init(**_: Any) -> None:
-        raise RuntimeError("api_key not configured")
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=RuntimeError))
-    with pytest.raises(
-        UserError, match=r"wandb_project: .*api_key not configured.*WANDB_MODE=offline"
-    ):
-        WandbSink(CONFIG, "run", None)

@@ -21,10 +21,11 @@ from sparsify.forward_plan import derive_plan
 from sparsify.losses import total_loss
 from sparsify.model_loading import resolve_device
 from sparsify.runs import Runs
-from sparsify.saved_runs import build_sae_transformer, model_identity
+from sparsify.saved_runs import build_sae_transformer, check_identity, model_identity
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.training.cadence import Cadence
-from sparsify.training.finite import check_gradient, check_loss
+from sparsify.training.checkpoints import load_metadata, weights_path
+from sparsify.training.finite import check_gradient, check_loss, check_weights
 from sparsify.training.firing_windows import FiringWindows
 from sparsify.training.interrupt import held_interrupt
 from sparsify.training.memory import (
@@ -120,7 +121,10 @@ class Trainer:
             is_logged = cadence.log.due(self.n_samples + len(tokens))
             is_saved = cadence.save_due(self.n_samples + len(tokens))
             if self.is_watched or is_logged or is_saved:
-                check_loss(loss, terms, tokens, self.n_samples, self.run_dir)
+                check_loss(
+                    *(loss, terms, tokens, self.n_samples, self.run_dir),
+                    is_watched=self.is_watched,
+                )
             stepped = self.stepper.backward(loss)
             grad_norm = grad_norm if stepped is None else stepped
             self.n_samples += len(tokens)
@@ -151,7 +155,9 @@ class Trainer:
         """Keep the SAEs' weights and what the run needs to go on, once as they are."""
         if self.n_samples_saved == self.n_samples:
             return
-        sink.save(self.model.saes.state_dict(), self.n_samples)
+        weights = self.model.saes.state_dict()
+        check_weights(weights.values(), self.n_samples)
+        sink.save(weights, self.n_samples)
         if self.run_dir is not None:
             state = self.state_dict(self.run_dir)
             save_checkpoint(self.run_dir, self.n_samples, state, self.config.keep_last)
@@ -260,6 +266,8 @@ def start(config: Config) -> Trainer:
 def go_on(config: Config) -> Trainer:
     """The run that `config.resume` means, at its newest checkpoint or the one that is meant."""
     checkpoint = checkpoint_to_go_on_from(config, KEPT_SETTINGS)
+    weights = weights_path(checkpoint.run_dir, checkpoint.n_samples)
+    check_identity(weights, load_metadata(weights), model_identity(config))
     # The config that is kept is one from which the whole run can be repeated.
     trainer = Trainer(config.model_copy(update={"resume": None}))
     trainer.resume(checkpoint)
