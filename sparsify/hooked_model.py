@@ -157,7 +157,11 @@ class HookedModel:
             # TransformerLens's modules want a batch and a position dimension.
             return ln_final(resid.reshape(1, -1, resid.shape[-1])).reshape(resid.shape)
 
-        return Unembedding(model.unembed.W_U, model.unembed.b_U, norm, self._logit_transform())
+        bias = model.unembed.b_U
+        # On a CPU to add a bias takes a pass over all logits, and many models have none but zeros.
+        if bias.device.type == "cpu" and not bias.any():
+            bias = None
+        return Unembedding(model.unembed.W_U, bias, norm, self._logit_transform())
 
     def check_unembedding(self) -> None:
         """Raise a `UserError` if `unembed` does not give the model's own logits."""
