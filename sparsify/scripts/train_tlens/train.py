@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -135,13 +136,16 @@ def train_language_model(config: Config) -> None:
     """Train a model as `config` says, or go on with a run, and write its `model/` folder."""
     trainer, run_dir = start(config) if config.resume is None else go_on(config)
     write_config(run_dir, trainer.config)
-    with open_sinks(
-        config,
-        run_name=config.run_name("tlens"),
-        run_dir=run_dir,
-        n_ctx=config.train_data.n_ctx,
-        start=trainer.n_samples,
-    ) as sink:
+    with (
+        closing(trainer.loader),
+        open_sinks(
+            config,
+            run_name=config.run_name("tlens"),
+            run_dir=run_dir,
+            n_ctx=config.train_data.n_ctx,
+            start=trainer.n_samples,
+        ) as sink,
+    ):
         with held_interrupt(resume_line(run_dir)) as is_interrupted:
             trainer.train(sink, run_dir, is_interrupted)
             trainer.save(sink, run_dir)

@@ -249,6 +249,8 @@ def train_saes(config: Config) -> None:
         if run_dir is not None and trainer.n_samples == 0 and not any(run_dir.glob("bad_*")):
             shutil.rmtree(run_dir)
         raise
+    finally:
+        trainer.loader.close()
 
 
 def start(config: Config) -> Trainer:
