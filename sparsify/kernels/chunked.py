@@ -71,7 +71,8 @@ def chunked_kl(
         p_orig = torch.exp(log_orig, out=orig)
         if with_grad:  # d KL / d logits = p_new - p_orig
             torch.exp(log_new, out=logits).sub_(p_orig)
-        return torch.dot(p_orig.flatten(), log_orig.sub_(log_new).flatten())
+        # Not torch.dot: with several threads its last bit changes from call to call.
+        return log_orig.sub_(log_new).mul_(p_orig).sum()
 
     return _chunked_mean(new_resid, unembed, kl_of_tile, chunk_size, orig_resid)
 

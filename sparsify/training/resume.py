@@ -123,7 +123,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         else:
             return Checkpoint(run_dir, number, weights, state, damaged)
     reasons = "".join(f"\n  {message}" for message in damaged)
-    if wanted is not None and wanted not in numbers:
+    if wanted is not None and numbers and wanted not in numbers:
         raise UserError(
             f"resume: '{path}' has no training state any more, since keep_last keeps that of the "
             f"last ones; go on from one of {', '.join(map(str, numbers))} samples"

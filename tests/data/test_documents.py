@@ -120,28 +120,27 @@ def test_empty_rows_are_left_out():
     assert joined(read_all(TableRows(table, "text", is_tokenized=False, name="t"))) == ["a", "b"]
 
 
-def test_long_file_that_becomes_shorter_while_it_is_read_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+@pytest.fixture
+def long_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of five pieces."""
     monkeypatch.setattr(documents.read_piece, "__defaults__", (100,))
     path = tmp_path / "a.txt"
     path.write_text("nine more\n" * 50)
-    chunks = TextFiles([path], skip_binary=True).chunks(np.random.default_rng(0), None)
+    return path
+
+
+def test_long_file_that_becomes_shorter_while_it_is_read_is_refused(long_file: Path):
+    chunks = TextFiles([long_file], skip_binary=True).chunks(np.random.default_rng(0), None)
     next(chunks)
-    path.write_text("nine more\n" * 10)
+    long_file.write_text("nine more\n" * 10)
     message = r"a.txt' has become shorter than the 100 bytes already read of it; restore it, then"
     with pytest.raises(UserError, match=message):
         list(chunks)
 
 
-def test_long_file_that_vanishes_while_it_is_read_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(documents.read_piece, "__defaults__", (100,))
-    path = tmp_path / "a.txt"
-    path.write_text("nine more\n" * 50)
-    chunks = TextFiles([path], skip_binary=True).chunks(np.random.default_rng(0), None)
+def test_long_file_that_vanishes_while_it_is_read_is_named(long_file: Path):
+    chunks = TextFiles([long_file], skip_binary=True).chunks(np.random.default_rng(0), None)
     next(chunks)
-    path.unlink()
+    long_file.unlink()
     with pytest.raises(UserError, match=r"a.txt' cannot be read \(No such file or directory\); re"):
         list(chunks)

@@ -61,3 +61,22 @@ def lm_run(lm_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
     assert main([str(config), "--save_dir", str(folder / "out")]) == 0
     (run_dir,) = (folder / "out").iterdir()
     return run_dir
+
+
+@pytest.fixture(scope="session")
+def sae_settings(lm_run: Path, text_folder: Path) -> dict[str, Any]:
+    """Six batches of 4 samples in three optimizer steps. Each test says how often things happen."""
+    data = {"dataset_name": str(text_folder), "n_ctx": 16, "shuffle_block_samples": 16}
+    return {
+        "tlens_model_path": str(lm_run / "model"),
+        "n_samples": 24,
+        "batch_size": 4,
+        "effective_batch_size": 8,
+        "lr": 1e-2,
+        "log_every_n_grad_steps": 1,
+        "eval_n_samples": 8,
+        "loss": {"sparsity": {"coeff": 0.01}, "logits_kl": {"coeff": 1.0}},
+        "saes": {"sae_positions": ["blocks.1.hook_resid_pre"], "dict_size_to_input_ratio": 4.0},
+        "train_data": data,
+        "eval_data": data,
+    }

@@ -23,31 +23,19 @@ from .conftest import write_yaml
 
 pytestmark = [pytest.mark.slow, pytest.mark.model]
 
-POSITION = "blocks.1.hook_resid_pre"
-
 
 @pytest.fixture(scope="module")
-def content(lm_run: Path, text_folder: Path) -> dict[str, Any]:
-    """Settings of six batches of 4 samples in three optimizer steps."""
-    data = {"dataset_name": str(text_folder), "n_ctx": 16, "shuffle_block_samples": 16}
+def content(sae_settings: dict[str, Any]) -> dict[str, Any]:
     return {
-        "tlens_model_path": str(lm_run / "model"),
-        "n_samples": 24,
-        "batch_size": 4,
-        "effective_batch_size": 8,
-        "lr": 1e-2,
+        **sae_settings,
         "warmup_samples": 8,
         "max_grad_norm": 1.0,
-        "log_every_n_grad_steps": 1,
         "eval_every_n_samples": 8,
-        "eval_n_samples": 8,
         "save_every_n_samples": 8,
         "collect_act_frequency_every_n_samples": 12,
         "act_frequency_n_tokens": 128,
-        "loss": {"sparsity": {"coeff": 0.01}, "logits_kl": {"coeff": 1.0}},
-        "saes": {"sae_positions": [POSITION], "dict_size_to_input_ratio": 16.0},
-        "train_data": {**data, "n_epochs": None},
-        "eval_data": data,
+        "saes": {**sae_settings["saes"], "dict_size_to_input_ratio": 16.0},
+        "train_data": {**sae_settings["train_data"], "n_epochs": None},
     }
 
 

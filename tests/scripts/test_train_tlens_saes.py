@@ -27,26 +27,15 @@ POSITION = "blocks.1.hook_resid_pre"
 
 
 @pytest.fixture
-def config(lm_run: Path, text_folder: Path, tmp_path: Path) -> dict[str, Any]:
-    data = {"dataset_name": str(text_folder), "n_ctx": 16, "shuffle_block_samples": 16}
+def config(sae_settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     return {
-        "tlens_model_path": str(lm_run / "model"),
-        "n_samples": 24,
-        "batch_size": 4,
-        "effective_batch_size": 8,
-        "lr": 1e-2,
+        **sae_settings,
         "lr_schedule": "constant",
-        "log_every_n_grad_steps": 1,
         "eval_every_n_samples": 16,
-        "eval_n_samples": 8,
         "save_every_n_samples": 16,
         "collect_act_frequency_every_n_samples": 8,
         "act_frequency_n_tokens": 64,
         "save_dir": str(tmp_path / "out"),
-        "loss": {"sparsity": {"coeff": 0.01}, "logits_kl": {"coeff": 1.0}},
-        "saes": {"sae_positions": [POSITION], "dict_size_to_input_ratio": 4.0},
-        "train_data": data,
-        "eval_data": data,
     }
 
 

@@ -77,7 +77,8 @@ class Trainer:
         self.config = config
         self.n_samples = 0
         self.run_dir: Path | None = None
-        self.n_samples_evaluated: int | None = None
+        # Samples trained on by then, and the result, which a resumed run does not have.
+        self.last_evaluation: tuple[int | None, Evaluation | None] = (None, None)
         self.n_samples_saved: int | None = None
         self.device = resolve_device(config.device)
         self.model = build_sae_transformer(config, self.device)
@@ -142,13 +143,16 @@ class Trainer:
                 break
 
     def evaluate(self, sink: Sink) -> Evaluation | None:
-        """Judge the SAEs on held-out text. None: there is no such text. Logged once as they are."""
+        """Judge the SAEs on held-out text, once as they are. None: there is no such text."""
         if not self.eval_batches:
             return None
-        evaluation = evaluate(self.model, self.eval_batches)
-        if self.n_samples_evaluated != self.n_samples:
+        n_samples, evaluation = self.last_evaluation
+        is_new = n_samples != self.n_samples
+        if is_new or evaluation is None:
+            evaluation = evaluate(self.model, self.eval_batches)
+        if is_new:
             sink.log(evaluation.metrics(), self.n_samples)
-            self.n_samples_evaluated = self.n_samples
+        self.last_evaluation = (self.n_samples, evaluation)
         return evaluation
 
     def save(self, sink: Sink) -> None:
@@ -170,7 +174,7 @@ class Trainer:
             "loader": self.loader.state_dict(),
             "firing": self.firing.state_dict(),
             "random": get_random_state(),
-            "n_samples_evaluated": self.n_samples_evaluated,
+            "n_samples_evaluated": self.last_evaluation[0],
             "metrics_bytes": (run_dir / METRICS_FILE).stat().st_size,
         }
 
@@ -178,7 +182,7 @@ class Trainer:
         """Go on from a checkpoint of the run."""
         self.run_dir, state = checkpoint.run_dir, checkpoint.state
         self.n_samples = self.n_samples_saved = checkpoint.n_samples
-        self.n_samples_evaluated = state["n_samples_evaluated"]
+        self.last_evaluation = (state["n_samples_evaluated"], None)
         self.model.saes.load_state_dict(checkpoint.weights)
         self.stepper.load_state_dict(state["stepper"])
         self.loader.load_state_dict(state["loader"])
