@@ -3,7 +3,7 @@
 #   make train PYTHON=python3.12        the Python to make the environment with
 #   make train ARGS="--lr 1e-3"         more arguments for what the target runs
 
-.PHONY: FORCE help train test bench check format test-tlens4 env hooks clean
+.PHONY: FORCE help train test test-faults bench check format test-tlens4 env hooks clean
 
 TLENS4 := 4.3.0
 SAES := sparsify/scripts/train_tlens_saes
@@ -11,6 +11,7 @@ SAES := sparsify/scripts/train_tlens_saes
 help:
 	@echo "make train        train an SAE end to end in the bundled language model, and judge it"
 	@echo "make test         all tests"
+	@echo "make test-faults  those that kill runs, fill disks, damage files and the like"
 	@echo "make bench        time training steps beside a plain reference step"
 	@echo "make check        lint, format and types; changes no file"
 	@echo "make format       repair format, and what of lint repairs itself"
@@ -24,6 +25,9 @@ train: .venv/ready
 
 test: .venv/ready
 	.venv/bin/python -m pytest $(ARGS)
+
+test-faults: .venv/ready
+	.venv/bin/python -m pytest -m fault $(ARGS)
 
 bench: .venv/ready
 	.venv/bin/python sparsify/scripts/benchmark/run_benchmark.py $(ARGS)

@@ -2,9 +2,9 @@
 
 from typing import Literal, Self
 
-from pydantic import PositiveInt, model_validator
+from pydantic import model_validator
 
-from sparsify.base_config import BaseConfig, PositiveFinite
+from sparsify.base_config import BaseConfig, Count, PositiveFinite
 
 
 class Architecture(BaseConfig):
@@ -14,12 +14,12 @@ class Architecture(BaseConfig):
     weight file serves every TransformerLens version.
     """
 
-    n_layers: PositiveInt
-    d_model: PositiveInt
-    n_heads: PositiveInt
-    d_mlp: PositiveInt
-    n_ctx: PositiveInt
-    d_vocab: PositiveInt
+    n_layers: Count
+    d_model: Count
+    n_heads: Count
+    d_mlp: Count
+    n_ctx: Count
+    d_vocab: Count
     act_fn: Literal["gelu", "gelu_new", "relu", "silu"] = "gelu"
     normalization_type: Literal["LN", "RMS"] = "LN"
     positional_embedding_type: Literal["standard", "rotary"] = "rotary"

@@ -7,9 +7,10 @@ come at once.
 
 import argparse
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, LiteralString, NoReturn, Self, TypeVar, cast
+from types import MappingProxyType
+from typing import Annotated, Any, LiteralString, NoReturn, Self, TypeVar, cast, get_args
 
 import yaml
 from pydantic import (
@@ -23,6 +24,9 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from sparsify.secrets import redact_secrets
+from sparsify.strict_yaml import parse_yaml
+
 
 class UserError(ValueError):
     """Bad input from a person: a setting, a file, a name. The message says how to mend it.
@@ -32,13 +36,18 @@ class UserError(ValueError):
 
 
 class BaseConfig(BaseModel):
-    """A frozen config. An unknown key is an error that names the nearest known one."""
+    """A frozen config. An unknown key is an error that names the nearest known one.
+
+    True and false are no numbers, though pydantic and Python take them for 1 and 0.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     @model_validator(mode="wrap")
     @classmethod
-    def _keys_are_known(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+    def _keys_are_known_and_numbers_are_numbers(
+        cls, data: Any, handler: ModelWrapValidatorHandler[Self]
+    ) -> Self:
         # A validator may be handed anything; what is not a mapping is refused by pydantic.
         if not isinstance(data, Mapping):
             return handler(data)
@@ -47,6 +56,11 @@ class BaseConfig(BaseModel):
             _problem("unknown_key", f"unknown key {nearest(str(key), cls.model_fields)}", (), data)
             for key in data
             if key not in known
+        ]
+        problems += [
+            _problem("bool_for_number", "Input should be a number", (key,), value)
+            for key, value in known.items()
+            if isinstance(value, bool) and _takes_numbers(cls.model_fields[key].annotation)
         ]
         if not problems:
             return handler(data)
@@ -60,6 +74,9 @@ class BaseConfig(BaseModel):
         raise ValidationError.from_exception_data(cls.__name__, problems)
 
 
+Name = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(gt=0, lt=2**63)]
+"""A number of things, as torch and Python's iterators can count them."""
 PositiveFinite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 """What every random generator takes."""
@@ -71,6 +88,12 @@ def listed(value: object) -> object:
 
 
 AnyConfig = TypeVar("AnyConfig", bound=BaseConfig)
+
+_MAX_SHOWN = 300
+
+
+def _takes_numbers(annotation: Any) -> bool:  # whatever stands behind a field's colon
+    return annotation in (int, float) or any(map(_takes_numbers, get_args(annotation)))
 
 
 def _problem(
@@ -94,31 +117,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: There is no such file, or it is not a YAML mapping.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+        with path.open(encoding="utf-8") as file:
+            content = parse_yaml(file)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or no such date
+    except yaml.YAMLError as error:
         raise UserError(f"{path}: is not valid YAML; mend this: {error}") from None
     if not isinstance(content, dict):
         kind = "nothing" if content is None else type(content).__name__
         raise UserError(f"{path}: holds {kind}, not 'key: value' lines")
     return content
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, which by itself keeps the last of equal keys and drops the others."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                continue
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key_node.value}' is given twice", key_node.start_mark
-                )
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep=deep)
 
 
 def dump_yaml(config: BaseConfig) -> str:
@@ -145,17 +153,32 @@ def _describe(problem: Mapping[str, Any]) -> str:
     if problem["type"] == "missing":
         return f"  {place}: is required and has no default; set it"
     given = problem["input"]
-    shown = "" if isinstance(given, Mapping | BaseModel) else f" (given: {given!r})"
+    shown = "" if isinstance(given, Mapping | BaseModel) else f" (given: {_shown(given)})"
     return f"  {place}: {message}{shown}" if place else f"  {message}"
 
 
-def load_config(config_class: type[AnyConfig], argv: Sequence[str], description: str) -> AnyConfig:
+def _shown(value: object) -> str:
+    try:
+        shown = redact_secrets(repr(value))
+    except ValueError:  # Python refuses to write numbers of more than 4,300 digits
+        return "a number too long to be shown"
+    return shown if len(shown) <= _MAX_SHOWN else f"{shown[:_MAX_SHOWN]} ..."
+
+
+def load_config(
+    config_class: type[AnyConfig],
+    argv: Sequence[str],
+    description: str,
+    flags: Mapping[str, str] = MappingProxyType({}),
+) -> AnyConfig:
     """The config of a script from its command line.
 
     Args:
         config_class: What the script needs to know.
         argv: Arguments without the program's name: a YAML file and overrides of its fields.
         description: First line of `--help`.
+        flags: Further options that `argv` may hold, which take no value, and what `--help` says of
+            them. They are not of the config: what they do is up to the caller.
 
     Raises:
         UserError: The file or an override is not valid.
@@ -166,6 +189,8 @@ def load_config(config_class: type[AnyConfig], argv: Sequence[str], description:
     parser.add_argument(
         "--print-config", action="store_true", help="print the complete config and exit"
     )
+    for flag, text in flags.items():
+        parser.add_argument(flag, action="store_true", help=text)
     overrides = _add_field_options(parser, config_class)
     namespace, unknown = parser.parse_known_args(list(argv))
     if unknown:
@@ -173,10 +198,23 @@ def load_config(config_class: type[AnyConfig], argv: Sequence[str], description:
         raise UserError(f"unknown option {nearest(unknown[0].split('=')[0], options)}")
     content = _merge(read_yaml(namespace.config), overrides(namespace))
     config = validate_config(config_class, content, str(namespace.config))
+    if secret := ", ".join(_settings_with_secrets(config.model_dump(mode="json"))):
+        raise UserError(
+            f"{secret}: holds an access token, which would be saved with the run; remove it, and "
+            "set WANDB_API_KEY or HF_TOKEN in .env instead"
+        )
     if namespace.print_config:
         print(dump_yaml(config), end="")
         raise SystemExit(0)
     return config
+
+
+def _settings_with_secrets(value: Any, name: str = "") -> Iterator[str]:  # what YAML can hold
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _settings_with_secrets(part, f"{name}.{key}".strip("."))
+    elif redact_secrets(str(value)) != str(value):
+        yield name
 
 
 class _Parser(argparse.ArgumentParser):
@@ -196,7 +234,12 @@ def _add_field_options(
     parser: argparse.ArgumentParser, config_class: type[BaseConfig]
 ) -> Callable[[argparse.Namespace], dict[str, Any]]:
     """Add an option for every field; returns what reads the options that were given."""
-    from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
+    from pydantic_settings import (
+        BaseSettings,
+        CliSettingsSource,
+        SettingsConfigDict,
+        SettingsError,
+    )
 
     class Settings(BaseSettings):
         model_config = SettingsConfigDict(extra="forbid", cli_parse_none_str="null")
@@ -211,7 +254,14 @@ def _add_field_options(
         cli_hide_none_type=False,
         cli_avoid_json=True,
     )
-    return lambda namespace: _with_null_lists(source(parsed_args=namespace)())
+
+    def read(namespace: argparse.Namespace) -> dict[str, Any]:
+        try:
+            return _with_null_lists(source(parsed_args=namespace)())
+        except SettingsError as error:
+            raise UserError(f"an option has no value of its kind ({error}); see --help") from None
+
+    return read
 
 
 def _with_null_lists(overrides: dict[str, Any]) -> dict[str, Any]:

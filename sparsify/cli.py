@@ -3,6 +3,7 @@
 Nothing heavy is imported before a config is known to be valid.
 """
 
+import errno
 import importlib
 import os
 import sys
@@ -11,10 +12,15 @@ from collections.abc import Callable, Sequence
 from dotenv import find_dotenv, load_dotenv
 
 from sparsify.base_config import AnyConfig, UserError, load_config
+from sparsify.secrets import redact_secrets
 from sparsify.training.config import NEWEST_RUN
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+
+DRY_RUN = "--dry-run"
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 COMMANDS = {
     "benchmark": "sparsify.scripts.benchmark.run_benchmark",
@@ -28,26 +34,41 @@ def run_script(
     main: Callable[[AnyConfig], None],
     description: str,
     argv: Sequence[str] | None = None,
+    *,
+    preflight: Callable[[AnyConfig], bool] | None = None,
 ) -> int:
-    """Run `main` with the config that the command line gives.
+    """Run `main`, or with `--dry-run` `preflight`, with the config that the command line gives.
 
     Args:
         config_class: What `main` takes.
         main: The work. It imports what is heavy itself.
         description: First line of `--help`.
         argv: Arguments without the program's name. None: those of the process.
+        preflight: Checks all that `main` needs without doing its work, prints what it found, and
+            returns whether all is well. None: there is no `--dry-run`.
 
     Returns:
-        Exit code: 0 done, 2 bad input, with its message on stderr, 130 interrupted.
+        Exit code: 0 done, 2 bad input, with its message on stderr (what a dry run finds is on
+        stdout), 130 interrupted.
     """
     # Keys of wandb and the hub; what is set in the environment wins.
     load_dotenv(find_dotenv(usecwd=True))
     let_threads_sleep()
     arguments = _with_newest_run(sys.argv[1:] if argv is None else argv)
+    flags = {DRY_RUN: "check everything short of training, say what to change, and exit"}
     try:
-        main(load_config(config_class, arguments, description))
+        config = load_config(config_class, arguments, description, flags if preflight else {})
+        if preflight is not None and DRY_RUN in arguments:
+            return 0 if preflight(config) else EXIT_BAD_INPUT
+        main(config)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact_secrets(str(error))}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except OSError as error:
+        # A full or read-only disk, where nothing better is known than to stop.
+        if error.errno not in DISK_ERRORS or error.filename is None:
+            raise
+        print(f"error: {error.filename}: cannot be written ({error.strerror})", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt as interrupt:
         print("; ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)

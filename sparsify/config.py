@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, field_validator, model_validator
 
-from sparsify.base_config import BaseConfig, PositiveFinite, listed
+from sparsify.base_config import BaseConfig, Name, PositiveFinite, listed
 from sparsify.saes.config import ReLUSAEConfig, SAEConfig
 
 
@@ -48,17 +48,24 @@ class SAEsConfig(BaseConfig):
 class SAETransformerConfig(BaseConfig):
     """The settings of a run from which its `SAETransformer` can be built again."""
 
-    tlens_model_name: str | None = None
+    tlens_model_name: Name | None = None
     """`tiny-python` (bundled, needs no network) or a model that TransformerLens knows."""
     tlens_model_path: Path | None = None
     """The model/ folder of a train_tlens run, in place of tlens_model_name."""
     tlens_model_processing: Literal["folded", "raw"] = "folded"
     """folded: layer norms folded into the weights and the weights centred, as TransformerLens does
     by default. raw: weights as they are. The activations differ."""
+    trust_remote_code: bool = False
+    """Whether Python code that comes with tlens_model_name on the hub may be executed."""
     saes: SAEsConfig
 
     @model_validator(mode="after")
     def _there_is_one_model(self) -> Self:
         if (self.tlens_model_name is None) == (self.tlens_model_path is None):
             raise ValueError("give either tlens_model_name or tlens_model_path, and not both")
+        if self.trust_remote_code and self.tlens_model_path is not None:
+            raise ValueError(
+                "trust_remote_code: true has no meaning for tlens_model_path, whose models bring "
+                "no code; remove it"
+            )
         return self

@@ -65,6 +65,8 @@ class HookedModel:
         self.fused_blocks = None if self.is_bridge else FusedBlocks(model)
         # Precision of matrix products in `run`. None: that of the weights.
         self.product_dtype: torch.dtype | None = None
+        # Whether compiled kernels compute losses of the logits.
+        self.is_compiled = False
         self._unembedding_agrees = self._compare_unembedding()
 
     def check_length(self, n_pos: int) -> None:
@@ -161,7 +163,8 @@ class HookedModel:
         # On a CPU to add a bias takes a pass over all logits, and many models have none but zeros.
         if bias.device.type == "cpu" and not bias.any():
             bias = None
-        return Unembedding(model.unembed.W_U, bias, norm, self._logit_transform())
+        transform = self._logit_transform()
+        return Unembedding(model.unembed.W_U, bias, norm, transform, self.is_compiled)
 
     def check_unembedding(self) -> None:
         """Raise a `UserError` if `unembed` does not give the model's own logits."""

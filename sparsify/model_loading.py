@@ -4,13 +4,14 @@ Together with `hooked_model.py` and `native_model.py` all that knows Transformer
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from sparsify.architecture import Architecture
 from sparsify.base_config import UserError, nearest
 from sparsify.hooked_model import TLENS_HAS_HOOKED_TRANSFORMER, TLensModel
+from sparsify.secrets import one_line
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge.sources.native.model import NativeModel
@@ -22,7 +23,12 @@ Processing = Literal["folded", "raw"]
 
 
 def load_hooked_model(
-    name: str | None, path: Path | None, processing: Processing, device: str = "cpu"
+    name: str | None,
+    path: Path | None,
+    processing: Processing,
+    device: str = "cpu",
+    *,
+    trust_remote_code: bool = False,
 ) -> TLensModel:
     """A `HookedTransformer` where the installed TransformerLens has it, else a `TransformerBridge`.
 
@@ -33,13 +39,18 @@ def load_hooked_model(
             `HookedTransformer.from_pretrained` does by default. `raw`: the weights as they are. The
             two compute the same logits from different activations.
         device: Where to put the model, `auto` for a GPU if there is one.
+        trust_remote_code: Whether Python code that comes with a model of the hub may be executed.
 
     Raises:
-        UserError: There is no such model, folder or device.
+        UserError: There is no such model, folder or device, or the model needs code that is not
+            trusted.
     """
     device = resolve_device(device)
     folder = path or BUNDLED_MODELS.get(name or "")
-    model = _load_folder(folder, processing) if folder else _load_by_name(str(name), processing)
+    if folder:
+        model = _load_folder(folder, processing)
+    else:
+        model = _load_by_name(str(name), processing, trust_remote_code)
     # Models are loaded on the CPU, and TransformerLens prints a line whenever one is moved.
     return model if device == "cpu" else model.to(device)
 
@@ -117,25 +128,46 @@ def build_bridge(
     return model
 
 
-def _load_by_name(name: str, processing: Processing) -> TLensModel:
+def _load_by_name(name: str, processing: Processing, trust_remote_code: bool) -> TLensModel:
     try:
         if TLENS_HAS_HOOKED_TRANSFORMER:
             from transformer_lens import HookedTransformer
 
+            if not trust_remote_code:
+                _check_needs_no_code(name)
+            trust: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
             if processing == "folded":
-                return HookedTransformer.from_pretrained(name, device="cpu")
-            return HookedTransformer.from_pretrained_no_processing(name, device="cpu")
+                return HookedTransformer.from_pretrained(name, device="cpu", **trust)
+            return HookedTransformer.from_pretrained_no_processing(name, device="cpu", **trust)
         from transformer_lens.model_bridge import TransformerBridge
 
-        model = TransformerBridge.boot_transformers(name, device="cpu")
+        model = TransformerBridge.boot_transformers(
+            name, device="cpu", trust_remote_code=trust_remote_code
+        )
         model.enable_compatibility_mode(disable_warnings=True, no_processing=processing == "raw")
         return model
+    except UserError:
+        raise
     # TransformerLens and the hub client raise whatever went wrong below them; all of it means that
     # the model named by the person cannot be had.
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
-            f"tlens_model_name: cannot load {nearest(name, BUNDLED_MODELS)} ({reason}); "
+            f"tlens_model_name: cannot load {nearest(name, BUNDLED_MODELS)} "
+            f"({one_line(error)[:300]}); "
             f"name one of {', '.join(BUNDLED_MODELS)}, which need no network, or one that "
             "TransformerLens knows"
         ) from error
+
+
+def _check_needs_no_code(name: str) -> None:
+    from transformer_lens.loading_from_pretrained import (
+        NEED_REMOTE_CODE_MODELS,
+        get_official_model_name,
+    )
+
+    # With these TransformerLens trusts the code by itself, with phi that of the tokenizer.
+    if get_official_model_name(name).startswith((*NEED_REMOTE_CODE_MODELS, "microsoft/phi")):
+        raise UserError(
+            f"tlens_model_name: '{name}' may bring Python code, which TransformerLens would "
+            "execute; set trust_remote_code to true if you trust its authors"
+        )

@@ -6,6 +6,7 @@ model of its weights, in whichever form the installed TransformerLens has.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformer_lens.model_bridge.sources.native.model import NativeAttention, 
 from sparsify.architecture import Architecture
 from sparsify.base_config import UserError, validate_config
 from sparsify.kernels.unembedding import Unembedding
+from sparsify.secrets import one_line
 
 NATIVE = "TransformerLensNative"
 MODEL_FILE = "model.safetensors"
@@ -53,7 +55,13 @@ class TrainableModel(nn.Module):
         super().__init__()
         self.architecture = architecture
         cfg = bridge_config(architecture)
-        self.native = NativeModel(cfg)
+        try:
+            self.native = NativeModel(cfg)
+        except RuntimeError as error:
+            raise UserError(
+                f"model: {architecture!r} does not fit into memory; lower its sizes "
+                f"({one_line(error)[:300]})"
+            ) from None
         initialize_native_model(self.native, cfg, seed=seed)
         for layer in self.native.layers:
             fused = FusedNativeAttention(cfg, rotary=self.native.rotary)
@@ -113,7 +121,7 @@ def load_native_model(folder: Path) -> tuple[Architecture, NativeModel]:
         UserError: The folder does not hold such a model, or its files are damaged.
     """
     for file in (CONFIG_FILE, MODEL_FILE):
-        if not (folder / file).is_file():
+        if not os.path.isfile(folder / file):  # False where `Path.is_file` would raise
             raise UserError(
                 f"tlens_model_path: '{folder}' has no {file}; give the model/ folder of a "
                 "train_tlens run"
@@ -121,20 +129,44 @@ def load_native_model(folder: Path) -> tuple[Architecture, NativeModel]:
     try:
         content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         weights = load_file(folder / MODEL_FILE)
-    except (ValueError, SafetensorError) as error:
+    except RecursionError:
+        raise UserError(
+            f"tlens_model_path: '{folder / CONFIG_FILE}' is damaged (brackets nested too deep); "
+            "copy the folder anew"
+        ) from None
+    except (ValueError, OSError, SafetensorError) as error:
         raise UserError(
             f"tlens_model_path: '{folder}' is damaged ({error}); copy it anew"
         ) from None
     architecture = validate_config(Architecture, content, str(folder / CONFIG_FILE))
-    native = NativeModel(bridge_config(architecture))
+    _check_sizes(folder, architecture, weights)
     try:
+        native = NativeModel(bridge_config(architecture))
         native.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     except RuntimeError as error:
-        raise UserError(
-            f"tlens_model_path: weights and {CONFIG_FILE} of '{folder}' do not belong together; "
-            f"copy the folder anew ({error})"
-        ) from None
+        raise _mismatch(folder, one_line(error)[:300]) from None
     return architecture, native
+
+
+def _check_sizes(folder: Path, architecture: Architecture, weights: dict[str, Tensor]) -> None:
+    # Before a model is made, whose size may be anything in a file that is damaged or hostile.
+    expected = {
+        "tok_embed.weight": (architecture.d_vocab, architecture.d_model),
+        f"layers.{architecture.n_layers - 1}.mlp.fc_in.weight": (
+            *(architecture.d_mlp, architecture.d_model),
+        ),
+    }
+    for name, shape in expected.items():
+        found = tuple(weights[name].shape) if name in weights else "missing"
+        if found != shape:
+            raise _mismatch(folder, f"{name} is {found}, not {shape}")
+
+
+def _mismatch(folder: Path, reason: str) -> UserError:
+    return UserError(
+        f"tlens_model_path: weights and {CONFIG_FILE} of '{folder}' do not belong together; "
+        f"copy the folder anew ({reason})"
+    )
 
 
 def hooked_transformer_weights(native: NativeModel) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from sparsify.base_config import UserError, read_yaml, validate_config
 from sparsify.config import SAETransformerConfig
 from sparsify.hook_names import matching_hook_names
+from sparsify.hooked_model import TLensModel
 from sparsify.model_loading import BUNDLED_MODELS, load_hooked_model
 from sparsify.native_model import MODEL_FILE
 from sparsify.sae_transformer import SAETransformer
@@ -23,9 +24,22 @@ def build_sae_transformer(config: SAETransformerConfig, device: str) -> SAETrans
     Raises:
         UserError: The model, a position or a checkpoint is not there, or does not fit.
     """
-    tlens_model = load_hooked_model(
-        config.tlens_model_name, config.tlens_model_path, config.tlens_model_processing, device
+    return add_saes(load_model(config, device), config)
+
+
+def load_model(config: SAETransformerConfig, device: str) -> TLensModel:
+    """The model of a config; see `load_hooked_model`."""
+    return load_hooked_model(
+        config.tlens_model_name,
+        config.tlens_model_path,
+        config.tlens_model_processing,
+        device,
+        trust_remote_code=config.trust_remote_code,
     )
+
+
+def add_saes(tlens_model: TLensModel, config: SAETransformerConfig) -> SAETransformer:
+    """What `build_sae_transformer` makes of its model."""
     positions = matching_hook_names(
         config.saes.sae_positions, tlens_model.hook_dict, "saes.sae_positions"
     )
@@ -85,6 +99,11 @@ def load_saes(model: SAETransformer, path: Path, identity: dict[str, str]) -> li
             if name.startswith(f"{key}.")
         }
         _check_shapes(path, key, own, model.saes[key].state_dict())
+        if bad := [name for name, tensor in own.items() if not tensor.isfinite().all()]:
+            raise UserError(
+                f"{path}: '{key}.{bad[0]}' holds numbers that are not finite; use another copy, or "
+                "a checkpoint from before"
+            )
         model.saes[key].load_state_dict(own)
     return [by_key[key] for key in keys]
 

@@ -64,7 +64,6 @@ def _fixed_seeds() -> None:
         import torch
 
         torch.manual_seed(0)
-        torch.set_num_threads(1)  # tensors here are too small to be worth sharing
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -85,6 +84,9 @@ def pytest_configure(config: pytest.Config) -> None:
     patch.setenv("HF_HUB_OFFLINE", "1")
     patch.setenv("WANDB_MODE", "disabled")
     patch.setenv("MPLBACKEND", "Agg")
+    # Tensors here are too small to be worth sharing. Before torch is loaded, so that a fixture of
+    # the session adds in the same order as a test.
+    patch.setenv("OMP_NUM_THREADS", "1")
     _block_network(patch)
 
 

@@ -69,6 +69,39 @@ def test_bugs_are_not_hidden(path: Path):
         run_script(Settings, main, "Does a thing.", [str(path)])
 
 
+@pytest.mark.parametrize("is_well", [True, False])
+def test_dry_run_checks_in_place_of_working(is_well: bool, path: Path):
+    seen: list[Settings] = []
+
+    def preflight(config: Settings) -> bool:
+        seen.append(config)
+        return is_well
+
+    argv = [str(path), "--dry-run", "--lr", "2"]
+    code = run_script(
+        Settings, lambda _: pytest.fail("main ran"), "Does a thing.", argv, preflight=preflight
+    )
+    assert code == (0 if is_well else 2)
+    assert seen == [Settings(lr=2.0)]
+
+
+def test_dry_run_is_in_the_help_and_not_in_the_config(
+    path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for argv in (["--help"], [str(path), "--dry-run", "--print-config"]):
+        with pytest.raises(SystemExit):
+            run_script(Settings, lambda _: None, "Does a thing.", argv, preflight=lambda _: True)
+    printed = capsys.readouterr().out
+    assert "--dry-run" in printed
+    assert printed.endswith("lr: 0.5\n")
+
+
+def test_a_script_without_checks_has_no_dry_run(path: Path, capsys: pytest.CaptureFixture[str]):
+    argv = [str(path), "--dry-run"]
+    assert run_script(Settings, lambda _: pytest.fail("main ran"), "Does a thing.", argv) == 2
+    assert "unknown option '--dry-run'" in capsys.readouterr().err
+
+
 def test_dotenv_of_the_working_folder_does_not_override_the_environment(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ):

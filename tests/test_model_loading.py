@@ -8,7 +8,7 @@ from torch import Tensor
 from sparsify.architecture import Architecture
 from sparsify.base_config import UserError
 from sparsify.data.tokenizers import load_tokenizer, train_tokenizer
-from sparsify.hooked_model import HookedModel, Prefix
+from sparsify.hooked_model import TLENS_HAS_HOOKED_TRANSFORMER, HookedModel, Prefix
 from sparsify.model_loading import Processing, build_bridge, load_hooked_model
 from sparsify.native_model import TrainableModel, load_native_model, save_language_model
 
@@ -95,6 +95,26 @@ def test_folder_without_a_tokenizer_is_rejected(tmp_path: Path):
 def test_unknown_name_is_rejected(processing: Processing):
     with pytest.raises(UserError, match=r"^tlens_model_name: cannot load 'no-such-model'"):
         load_hooked_model("no-such-model", None, processing)
+
+
+def test_code_of_a_model_is_executed_only_if_it_is_trusted(monkeypatch: pytest.MonkeyPatch):
+    trusted: list[bool] = []
+
+    def boot(*_: object, trust_remote_code: bool = False, **__: object) -> None:
+        trusted.append(trust_remote_code)
+        raise OSError("no network")
+
+    where = "HookedTransformer.from_pretrained"
+    if not TLENS_HAS_HOOKED_TRANSFORMER:
+        where = "model_bridge.TransformerBridge.boot_transformers"
+    monkeypatch.setattr(f"transformer_lens.{where}", boot)
+    with pytest.raises(UserError, match=r"trust_remote_code|cannot load"):
+        load_hooked_model("Qwen/Qwen-1_8B", None, "folded")
+    # TransformerLens 3.9 trusts it on its own account, so it must not even be asked.
+    assert trusted == ([] if TLENS_HAS_HOOKED_TRANSFORMER else [False])
+    with pytest.raises(UserError, match="cannot load 'Qwen/Qwen-1_8B'"):
+        load_hooked_model("Qwen/Qwen-1_8B", None, "folded", trust_remote_code=True)
+    assert trusted[-1]
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The project's own files agree with each other: launch entries, README, recipes, pins."""
 
+import ast
 import importlib
 import itertools
 import json
@@ -141,3 +142,38 @@ def test_other_machines_are_out_of_reach():
 def test_this_machine_is_within_reach():
     with socket.create_server(("127.0.0.1", 0)) as server:
         socket.create_connection(server.getsockname(), timeout=5).close()
+
+
+# Code of others
+
+
+def calls() -> Iterator[tuple[str, ast.Call]]:
+    """Every call in the package, and what it calls."""
+    for path in ROOT.glob("sparsify/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                yield ast.unparse(node.func), node
+
+
+def argument(call: ast.Call, name: str) -> object:
+    """A literal argument; what else it is as text. None: it is not given."""
+    given = {keyword.arg: keyword.value for keyword in call.keywords}.get(name)
+    if given is None:
+        return None
+    return given.value if isinstance(given, ast.Constant) else ast.unparse(given)
+
+
+def test_no_call_executes_code_of_a_file():
+    seen = {"torch.load": 0, "yaml.load": 0, "AutoTokenizer.from_pretrained": 0, "load_dataset": 0}
+    for name, call in calls():
+        seen[name] = seen.get(name, 0) + 1
+        assert name not in ("eval", "exec", "os.system", "yaml.unsafe_load", "yaml.full_load")
+        assert not re.fullmatch(r"(c?[Pp]ickle|dill|joblib|shelve)\.\w*(load|open)\w*", name)
+        assert argument(call, "trust_remote_code") is not True
+        if name == "torch.load":
+            assert argument(call, "weights_only") is True
+        if name == "yaml.load":
+            assert ast.unparse(call.args[1]) == "_StrictLoader"
+        if name == "AutoTokenizer.from_pretrained":
+            assert argument(call, "trust_remote_code") is False
+    assert all(seen.values())

@@ -3,9 +3,9 @@
 from difflib import get_close_matches
 from typing import Self
 
-from pydantic import PositiveInt, model_validator
+from pydantic import model_validator
 
-from sparsify.base_config import BaseConfig, Seed
+from sparsify.base_config import BaseConfig, Count, Name, Seed
 
 PYTHON_STDLIB = "python-stdlib"
 PYTHON_STDLIB_SPLITS = ("train", "validation")
@@ -14,34 +14,34 @@ PYTHON_STDLIB_SPLITS = ("train", "validation")
 class DataConfig(BaseConfig):
     """Text or token ids, and how they are cut into sequences and put in order."""
 
-    dataset_name: str
+    dataset_name: Name
     """`python-stdlib` (built in), a file or folder, or the name of a dataset on the hub.
 
     Parquet, jsonl and json files are tables with one document per row. Of any other file, and of
     each file of a folder without tables, the text is one document.
     """
-    subset: str | None = None
+    subset: Name | None = None
     """Name of a part of a hub dataset (its "config"). null: the dataset has no parts."""
-    split: str = "train"
+    split: Name = "train"
     """`train` or `validation` of `python-stdlib`; of other data, whatever splits they have."""
     streaming: bool = True
     """Read tables piece by piece as they are needed. False downloads and caches them first, which
     also lets documents be shuffled over the whole table instead of over its files."""
     is_tokenized: bool = False
     """Rows of a table are token ids, exactly `n_ctx` in each."""
-    column_name: str | None = None
+    column_name: Name | None = None
     """Column of a table. null: `input_ids` if `is_tokenized`, else `text`."""
-    tokenizer_name: str | None = None
+    tokenizer_name: Name | None = None
     """Tokenizer of the text, or that made the ids. null: the model's own."""
-    n_ctx: PositiveInt
+    n_ctx: Count
     """Tokens in a sequence, BOS included."""
     add_bos_token: bool = False
     """Every sequence starts with the BOS token."""
     seed: Seed | None = None
     """Seed of the order. null: the run's seed."""
-    n_epochs: PositiveInt | None = 1
+    n_epochs: Count | None = 1
     """Passes over the data. null: no end."""
-    shuffle_block_samples: PositiveInt = 4096
+    shuffle_block_samples: Count = 4096
     """Sequences that are held in memory and shuffled together. 1 keeps each document's sequences
     in a row and gives the first batch soonest, which suits an evaluation on few samples."""
 
@@ -54,6 +54,12 @@ class DataConfig(BaseConfig):
             )
         if self.add_bos_token and self.n_ctx == 1:
             raise ValueError("n_ctx: 1 has room for the BOS token only; use at least 2")
+        return self
+
+    @model_validator(mode="after")
+    def _sequences_have_a_next_token(self) -> Self:
+        if self.n_ctx == 1:
+            raise ValueError("n_ctx: 1 leaves no next token to predict; use at least 2")
         return self
 
     @model_validator(mode="after")

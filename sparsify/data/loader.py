@@ -4,6 +4,7 @@ import copy
 import itertools
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -87,6 +88,7 @@ class TokenLoader:
     def __init__(
         self, sequences: "_ReportingSequences", batch_size: int, num_workers: Literal[0, 1]
     ) -> None:
+        self._sequences = sequences
         self._has_ended = False
         self._is_resumed_at_end = False
         with warnings.catch_warnings():
@@ -98,6 +100,8 @@ class TokenLoader:
                 drop_last=True,
                 collate_fn=_collate,
                 num_workers=num_workers,
+                # A worker of a fork server, Python 3.14's default, would outlive a killed process.
+                multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
                 worker_init_fn=_leave_signals_to_the_main_process,
                 generator=torch.Generator(),  # or each iteration would draw from the global one
             )
@@ -116,6 +120,10 @@ class TokenLoader:
                     del batch  # it holds this frame; a cycle would delay the end of the worker
             yield batch
         self._has_ended = True
+
+    def samples_by_chunk(self) -> Iterator[int]:
+        """How many samples each chunk of one epoch gives; they are read for it, in any process."""
+        return self._sequences.samples_by_chunk()
 
     def close(self) -> None:
         """End the worker at once; the loader is of no use then.
@@ -179,6 +187,28 @@ def _packer(
 ) -> Pack:
     if config.is_tokenized:
         return IdPacker(config.n_ctx, config.dataset_name, d_vocab)
+    tokenizer = check_tokenizer(config, tokenizer, d_vocab)
+    return TextPacker(
+        tokenizer,
+        config.n_ctx,
+        _single_id(tokenizer.eos_token_id),
+        _single_id(tokenizer.bos_token_id) if config.add_bos_token else None,
+    )
+
+
+def check_tokenizer(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase | None, d_vocab: int | None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a text, if it suits the model and the config.
+
+    Args:
+        config: The text.
+        tokenizer: What would make tokens of it. None: there is none, which is an error.
+        d_vocab: Number of token ids that the model knows. None: not checked.
+
+    Raises:
+        UserError: It gives ids that the model does not know, or lacks a special token.
+    """
     if tokenizer is None:
         raise UserError("tokenizer_name: text needs a tokenizer and the model has none; name one")
     name = config.tokenizer_name or tokenizer.name_or_path or "the model's tokenizer"
@@ -198,12 +228,7 @@ def _packer(
             f"add_bos_token: '{name}' has no BOS token; set add_bos_token: false, or name another "
             f"tokenizer"
         )
-    return TextPacker(
-        tokenizer,
-        config.n_ctx,
-        _single_id(tokenizer.eos_token_id),
-        _single_id(tokenizer.bos_token_id) if config.add_bos_token else None,
-    )
+    return tokenizer
 
 
 def _single_id(token_id: object) -> int:

@@ -1,5 +1,6 @@
 """Finds the documents that a `DataConfig` names, and refuses what cannot be read."""
 
+import os
 from pathlib import Path
 
 from datasets import Dataset, IterableDataset, load_dataset, load_dataset_builder
@@ -24,10 +25,11 @@ def open_documents(config: DataConfig) -> Documents:
     if config.dataset_name == PYTHON_STDLIB:
         split = "validation" if config.split == "validation" else "train"
         return TextFiles(iter_files(split), skip_binary=True)
-    path = Path(config.dataset_name).expanduser()
-    if path.is_dir():
+    # Unlike their like in pathlib, these raise nothing for a name that no path can have.
+    path = Path(os.path.expanduser(config.dataset_name))
+    if os.path.isdir(path):
         return _open_folder(config, path)
-    if path.exists():
+    if os.path.exists(path):
         if path.suffix in _TABLE_SUFFIXES:
             return _open_table(config, path)
         return _text_files(config, [path], skip_binary=False)

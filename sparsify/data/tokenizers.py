@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from sparsify.base_config import UserError
+from sparsify.secrets import one_line
 
 END_OF_TEXT = "<|endoftext|>"
 _BUNDLED = {"tiny-python": Path(__file__).parent.parent / "assets" / "tiny_python"}
@@ -22,14 +23,16 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         UserError: There is no such tokenizer, or it cannot be had, or it is not a fast one.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(_BUNDLED.get(name, name)))
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(_BUNDLED.get(name, name)), trust_remote_code=False
+        )
     # transformers passes on the errors of the hub client, the network, and its own of several
     # kinds; all mean that the tokenizer named by the person cannot be loaded.
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"tokenizer_name: '{name}' cannot be loaded: {reason}; name tiny-python, a folder "
-            f"with tokenizer.json, or a tokenizer of the hub (this needs a network)"
+            f"tokenizer_name: '{name}' cannot be loaded: {one_line(error)}; name "
+            f"tiny-python, a folder with tokenizer.json, or a tokenizer of the hub (this needs a "
+            f"network)"
         ) from error
     if not tokenizer.is_fast:
         raise UserError(

@@ -83,7 +83,7 @@ class IdPacker:
         """
         for row in chunk.documents:
             check_length(len(row), self.n_ctx, self.name)
-        ids = np.array(chunk.documents, dtype=np.int64)
+        ids = np.array(chunk.documents)  # of whatever type holds them
         if ids.min() < 0 or (self.d_vocab is not None and ids.max() >= self.d_vocab):
             known = "ids start at 0" if ids.min() < 0 else f"the model knows {self.d_vocab} ids"
             bad = ids.min() if ids.min() < 0 else ids.max()
@@ -196,6 +196,10 @@ class TokenSequences(IterableDataset[Int32[np.ndarray, " pos"]]):
             n_total += len(sequences)
         if n_total < self.min_samples and not is_resumed:
             raise UserError(self._too_few(n_total))
+
+    def samples_by_chunk(self) -> Iterator[int]:
+        """How many sequences each chunk of one epoch gives. The iteration stays where it is."""
+        return (len(sequences) for _, sequences in self._packed_chunks(Place()))
 
     def _rng(self, *stage: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *stage])

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from sparsify.kernels.compiled import compiled_kl_of_rows
 from sparsify.kernels.unembedding import Unembedding
 
 TileLoss = Callable[[Tensor, Tensor | None, slice, bool], Tensor]
@@ -67,12 +68,13 @@ def chunked_kl(
 
     def kl_of_tile(logits: Tensor, orig: Tensor | None, rows: slice, with_grad: bool) -> Tensor:
         assert orig is not None
+        if unembed.is_compiled and with_grad:
+            return compiled_kl_of_rows()(orig, logits).sum()
         log_new, log_orig = F.log_softmax(logits, dim=-1), F.log_softmax(orig, dim=-1)
         p_orig = torch.exp(log_orig, out=orig)
         if with_grad:  # d KL / d logits = p_new - p_orig
             torch.exp(log_new, out=logits).sub_(p_orig)
-        # Not torch.dot: with several threads its last bit changes from call to call.
-        return log_orig.sub_(log_new).mul_(p_orig).sum()
+        return torch.dot(p_orig.flatten(), log_orig.sub_(log_new).flatten())
 
     return _chunked_mean(new_resid, unembed, kl_of_tile, chunk_size, orig_resid)
 
@@ -170,7 +172,8 @@ def _walk(
     for part in _pieces(len(rows), size):
         logits = unembed.products(rows[part], logits_buffer)
         orig = None if orig_rows is None else unembed.products(orig_rows[part], orig_buffer)
-        for tile in _pieces(len(logits), _tile_size(logits)):
+        tile_size = len(logits) if unembed.is_compiled else _tile_size(logits)
+        for tile in _pieces(len(logits), tile_size):
             of_batch = slice(part.start + tile.start, part.start + tile.stop)
             orig_tile = None if orig is None else orig[tile]
             sums.append(at_tile(logits[tile], orig_tile, of_batch, any(needs_grad)))

@@ -26,6 +26,9 @@ class Unembedding:
     transform: Callable[[Tensor], Tensor] | None = None
     """What is done to each logit by itself, such as a soft cap. None: nothing."""
 
+    is_compiled: bool = False
+    """Whether losses of the logits are computed by compiled kernels, where there are such."""
+
     def __call__(self, resid: Float[Tensor, "*sample d_model"]) -> Float[Tensor, "*sample d_vocab"]:
         """The logits."""
         return self.transformed(F.linear(self.normed(resid), self.weight.T, self.bias))

@@ -4,6 +4,7 @@ from sparsify.base_config import UserError
 from sparsify.saes.base import SAE
 from sparsify.saes.config import SAEConfig
 from sparsify.saes.relu import ReLUSAE
+from sparsify.secrets import one_line
 
 
 def build_sae(config: SAEConfig, d_act: int) -> SAE:
@@ -23,4 +24,10 @@ def build_sae(config: SAEConfig, d_act: int) -> SAE:
             f"dict_size_to_input_ratio: {ratio} of an activation of width {d_act} is less than one "
             f"dictionary element; set it to {1 / d_act:.2g} or more"
         )
-    return ReLUSAE(d_act, n_dict)
+    try:
+        return ReLUSAE(d_act, n_dict)
+    except (RuntimeError, TypeError) as error:  # TypeError: more than torch can count
+        raise UserError(
+            f"dict_size_to_input_ratio: {ratio} of an activation of width {d_act} makes {n_dict} "
+            f"dictionary elements, which do not fit into memory; lower it ({one_line(error)[:300]})"
+        ) from None

@@ -3,11 +3,14 @@
 No function here executes pickled code.
 """
 
+import os
 import pickle
+import pickletools
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +22,12 @@ from sparsify.training.run_folder import replace_atomically
 
 STATE_NAME = re.compile(r"state_(\d+)\.pt")
 WEIGHTS_NAME = re.compile(r"samples_(\d+)\.(safetensors|pt)")
+ZIP_START = b"PK\3\4"
+N_LEGACY_PICKLES = 5
+"""In a file that torch.save wrote before it wrote zips: magic number, version, system, content,
+keys of the tensors."""
+MAX_PICKLED_TEXT = 5_000
+"""Names and paths are shorter."""
 
 
 def weights_path(run_dir: Path, n_samples: int) -> Path:
@@ -39,11 +48,19 @@ def save_weights(
         tensors: A state dict. No two entries may share memory.
         n_samples: Samples trained on so far.
         metadata: What the weights belong to, kept in the file's header. None: no metadata.
+
+    Raises:
+        OSError: The file cannot be written.
     """
     path = weights_path(run_dir, n_samples)
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replace_atomically(path) as temporary:
-        save_file(on_cpu, temporary, metadata=dict(metadata) if metadata else None)
+        try:
+            save_file(on_cpu, temporary, metadata=dict(metadata) if metadata else None)
+        except SafetensorError as error:
+            if number := re.search(r"os error (\d+)", str(error)):
+                raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+            raise
     return path
 
 
@@ -53,22 +70,33 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: There is no such file, it is damaged, or it holds anything but named tensors.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # False where `Path.is_file` would raise
         raise UserError(f"{path}: there is no such file; check the path")
     if path.suffix == ".safetensors":
         try:
-            return load_file(path)
+            weights = load_file(path)
         except (SafetensorError, OSError) as error:
             raise _unreadable(path, error) from None
+        return _checked(path, weights)
     if path.suffix != ".pt":
         raise UserError(f"{path}: weights are read from .safetensors and .pt files")
-    content = _load_plain(path)
+    return _checked(path, _load_plain(path))
+
+
+def _checked(path: Path, content: object) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
     ):
         raise UserError(
             f"{path}: holds more than named tensors; save a state dict and nothing else"
         )
+    for name, tensor in content.items():
+        is_plain = tensor.layout is torch.strided and not tensor.is_quantized
+        if not is_plain or tensor.is_complex() or tensor.device.type != "cpu":
+            raise UserError(
+                f"{path}: '{name}' is no dense tensor of real numbers (it is {tensor.dtype}, "
+                f"{tensor.layout}, on {tensor.device}); save one"
+            )
     return dict(content)
 
 
@@ -89,7 +117,7 @@ def load_metadata(path: Path) -> dict[str, str]:
 
 def checkpoint_at(path: Path) -> Path:
     """The newest checkpoint of the run folder that `path` is, else `path` itself."""
-    if not path.exists():
+    if not os.path.exists(path):  # False where `Path.exists` would raise
         raise UserError(f"{path}: there is no such file or folder; check the path")
     return latest_checkpoint(path) if path.is_dir() else path
 
@@ -125,10 +153,18 @@ def save_state(run_dir: Path, n_samples: int, state: Mapping[str, Any]) -> Path:
 
     Raises:
         TypeError: `state` holds an object that could not be loaded again without pickled code.
+        OSError: The file cannot be written.
     """
     path = state_path(run_dir, n_samples)
     with replace_atomically(path) as temporary:
-        torch.save(dict(state), temporary)
+        try:
+            with temporary.open("wb") as file:
+                torch.save(dict(state), file)
+        except RuntimeError as error:
+            # When a write fails, torch fails again at the next thing it does.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
         try:
             _load_plain(temporary, is_mapped=True)
         except UserError as error:
@@ -142,12 +178,15 @@ def load_state(path: Path) -> dict[str, Any]:
     Raises:
         UserError: There is no such file, or it is damaged.
     """
-    return _load_plain(path)
+    state = _load_plain(path)
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds {type(state).__name__}, not a training state")
+    return state
 
 
 def numbered_files(folder: Path, name: re.Pattern[str]) -> dict[Path, int]:
     """The files of `folder` whose whole name matches, with the first group of the match."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"{folder}: there is no such folder; check the path")
     matches = {path: name.fullmatch(path.name) for path in sorted(folder.iterdir())}
     return {path: int(match[1]) for path, match in matches.items() if match}
@@ -155,9 +194,40 @@ def numbered_files(folder: Path, name: re.Pattern[str]) -> dict[Path, int]:
 
 def _load_plain(path: Path, *, is_mapped: bool = False) -> Any:
     try:
+        _check_costs_what_it_holds(path)
         return torch.load(path, weights_only=True, map_location="cpu", mmap=is_mapped)
     except Exception as error:  # noqa: BLE001  A damaged pickle can make the reader raise anything.
         raise _unreadable(path, error) from None
+
+
+def _check_costs_what_it_holds(path: Path) -> None:
+    """See that a file made by torch.save takes about as much to load as there is in it.
+
+    torch.load would inflate what is compressed, to a thousand times the size of the file, make
+    bytes of any number that a pickle asks for, and search its own message about a text of a pickle
+    in a time that grows with the square of its length.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != ZIP_START:
+            file.seek(0)
+            for _ in range(N_LEGACY_PICKLES):
+                _check_pickle(file)
+            return
+        with zipfile.ZipFile(file) as archive:
+            for member in archive.infolist():
+                if member.compress_type != zipfile.ZIP_STORED:
+                    raise ValueError("it is compressed, which torch.save never does")
+                if member.filename.endswith(".pkl"):
+                    with archive.open(member) as pickled:
+                        _check_pickle(pickled)
+
+
+def _check_pickle(file: IO[bytes]) -> None:
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name == "GLOBAL" and str(argument).endswith(" bytearray"):
+            raise ValueError("it makes a bytearray, which is no tensor")
+        if isinstance(argument, str | bytes) and len(argument) > MAX_PICKLED_TEXT:
+            raise ValueError(f"it has a text of more than {MAX_PICKLED_TEXT:,} characters")
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:

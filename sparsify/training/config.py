@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
-from sparsify.base_config import BaseConfig, PositiveFinite, Seed
+from sparsify.base_config import BaseConfig, Count, Name, PositiveFinite, Seed
 from sparsify.training.run_folder import check_run_name
 
 DEFAULT_MIN_LR_FACTOR = 0.1
@@ -19,11 +19,11 @@ class TrainingConfig(BaseConfig):
     Everything is counted in samples, which keeps its meaning when the batch size changes.
     """
 
-    n_samples: PositiveInt
+    n_samples: Count
     """Samples to train on. What is left after the last full effective batch is not used."""
-    batch_size: PositiveInt
+    batch_size: Count
     """Samples in one forward and backward pass."""
-    effective_batch_size: PositiveInt | None = None
+    effective_batch_size: Count | None = None
     """Samples in one optimizer step, a multiple of batch_size. null: batch_size."""
 
     lr: PositiveFinite
@@ -41,17 +41,17 @@ class TrainingConfig(BaseConfig):
     max_grad_norm: PositiveFinite | None = None
     """Gradients of a larger total norm are scaled down to it. null: never."""
 
-    log_every_n_grad_steps: PositiveInt = 20
+    log_every_n_grad_steps: Count = 20
     """Optimizer steps between two log lines."""
-    eval_every_n_samples: PositiveInt | None = None
+    eval_every_n_samples: Count | None = None
     """Samples between two evaluations. null: only before and after training."""
-    eval_n_samples: PositiveInt = 500
+    eval_n_samples: Count = 500
     """Held-out samples in one evaluation, or as many as there are, in whole batches."""
-    save_every_n_samples: PositiveInt | None = None
+    save_every_n_samples: Count | None = None
     """Samples between two checkpoints. null: none for their number."""
     save_every_minutes: PositiveFinite | None = None
     """Minutes between two checkpoints. null: none for the time."""
-    keep_last: PositiveInt = 2
+    keep_last: Count = 2
     """Checkpoints that keep what is needed to go on from them. The weights of all are kept."""
     resume: Path | None = None
     """Run folder to go on with from its newest checkpoint, or a file of the checkpoint to go on
@@ -61,9 +61,9 @@ class TrainingConfig(BaseConfig):
 
     seed: Seed = 0
     """Seed of every random source that has none of its own."""
-    wandb_project: str | None = None
+    wandb_project: Name | None = None
     """Weights & Biases project. null: no tracking service."""
-    wandb_run_name: str | None = None
+    wandb_run_name: Name | None = None
     """Name of the run, also of its folder. null: made from the settings that matter."""
     wandb_run_name_prefix: str = ""
     """Put before the name of the run."""

@@ -7,10 +7,12 @@ last, the checksums of both. Where that is missing or does not fit, the point be
 
 import hashlib
 import json
+import os
 import re
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from sparsify.base_config import UserError, read_yaml, validate_config
+from sparsify.secrets import one_line
 from sparsify.training.checkpoints import (
     STATE_NAME,
     WEIGHTS_NAME,
@@ -90,6 +93,7 @@ def checkpoint_to_go_on_from(config: TrainingConfig, kept_settings: Iterable[str
     """
     assert config.resume is not None
     checkpoint = load_checkpoint(find_run(config.resume, config.save_dir, type(config)))
+    _check_has_no_links(checkpoint.run_dir)
     for message in checkpoint.damaged:
         print(f"warning: {message}; it is left out", file=sys.stderr)
     check_goes_on(config, checkpoint, kept_settings)
@@ -103,9 +107,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         UserError: There is none.
     """
     run_dir, wanted = path, None
-    if (match := NUMBERED_NAME.fullmatch(path.name)) and path.is_file():
+    if (match := NUMBERED_NAME.fullmatch(path.name)) and os.path.isfile(path):
         run_dir, wanted = path.parent, int(match[1])
-    elif not path.is_dir():
+    elif not os.path.isdir(path):  # False where `Path.is_dir` would raise
         raise UserError(f"resume: there is no folder '{path}'; give the folder of a run")
     numbers = sorted(numbered_files(run_dir, MANIFEST_NAME).values(), reverse=True)
     damaged: list[str] = []
@@ -170,7 +174,13 @@ def check_goes_on(
         UserError: It does not.
     """
     path = checkpoint.run_dir / CONFIG_FILE
-    before = validate_config(type(config), read_yaml(path), str(path)).model_dump(mode="json")
+    try:
+        before = validate_config(type(config), read_yaml(path), str(path)).model_dump(mode="json")
+    except UserError as error:
+        raise UserError(
+            f"resume: '{checkpoint.run_dir}' is no run of this script, or its config is damaged; "
+            f"give another run\n{error}"
+        ) from None
     now = config.model_dump(mode="json")
     changes = [c for name in kept_settings for c in _changes(name, before[name], now[name])]
     if changes:
@@ -185,6 +195,40 @@ def check_goes_on(
             f"'{checkpoint.run_dir}' has been trained on {checkpoint.n_samples} samples; raise it, "
             "or start a new run without resume"
         )
+
+
+@contextmanager
+def explained_misfit(checkpoint: Checkpoint) -> Iterator[None]:
+    """A context in which a state that does not fit its run is a message that names its files.
+
+    Raises:
+        UserError: In place of what the parts of the run say.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"resume: the state after {checkpoint.n_samples} samples in '{checkpoint.run_dir}' was "
+            f"not written by this version of the script ({type(error).__name__}: "
+            f"{one_line(error)[:300]}); use the version that wrote it, or start a new run"
+        ) from error
+
+
+def _check_has_no_links(run_dir: Path) -> None:
+    """See that what is written to files of a run folder, which others may have made, stays there.
+
+    Files that a number names are only read and replaced, so they may lie elsewhere, and wandb makes
+    links of its own.
+    """
+    for path in run_dir.rglob("*"):
+        is_allowed = NUMBERED_NAME.fullmatch(path.name) or run_dir / "wandb" in path.parents
+        if path.is_symlink() and not is_allowed:
+            raise UserError(
+                f"resume: '{path}' is a link, through which the run would write outside its "
+                "folder; put the file itself in its place"
+            )
 
 
 def clear_what_came_after(checkpoint: Checkpoint, metrics_path: Path) -> None:

@@ -10,6 +10,9 @@ from pathlib import Path
 from sparsify.base_config import BaseConfig, UserError, dump_yaml
 
 CONFIG_FILE = "final_config.yaml"
+METRICS_FILE = "metrics.jsonl"
+LOCK_FILE = ".lock"
+MAX_RUN_NAME_BYTES = 200  # of the 255 of most file systems; date and time come behind it
 
 
 def check_save_dir(save_dir: Path) -> None:
@@ -18,22 +21,28 @@ def check_save_dir(save_dir: Path) -> None:
     Raises:
         UserError: It cannot.
     """
-    existing = next(
-        folder for folder in (save_dir, *save_dir.absolute().parents) if folder.exists()
-    )
     try:
-        with tempfile.TemporaryFile(dir=existing):
+        with tempfile.TemporaryFile(dir=existing_parent(save_dir)):
             pass
     except OSError as error:
         raise _cannot_write(save_dir, error) from None
 
 
+def existing_parent(path: Path) -> Path:
+    """`path`, or the first of its parents that is there."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
 def check_run_name(run_name: str) -> None:
     """Raise a `UserError` if `run_name` is not the name of a folder."""
-    if Path(run_name).name != run_name or "\\" in run_name or "\0" in run_name:
+    is_name = Path(run_name).name == run_name != ".." and "\\" not in run_name
+    is_short = len(run_name.encode()) <= MAX_RUN_NAME_BYTES
+    if not (is_name and is_short and run_name.isprintable()):
+        rule = "no slash and no line break, nor be dots alone"
         raise UserError(
             f"wandb_run_name: the run's name {run_name!r} also names its folder, so it must have "
-            "no slash; change wandb_run_name or wandb_run_name_prefix"
+            f"{rule if is_short else f'at most {MAX_RUN_NAME_BYTES} bytes'}; change wandb_run_name "
+            "or wandb_run_name_prefix"
         )
 
 
@@ -60,6 +69,33 @@ def create_run_folder(save_dir: Path, run_name: str) -> Path:
             return folder
 
 
+@contextmanager
+def held_run_folder(run_dir: Path | None) -> Iterator[None]:
+    """Keep other processes from training in `run_dir` until the block ends, or the process.
+
+    Does nothing where there is no folder, and on Windows.
+
+    Raises:
+        UserError: Another process holds it.
+    """
+    if run_dir is None or os.name == "nt":
+        yield
+        return
+    import fcntl
+
+    with (run_dir / LOCK_FILE).open("w") as file:
+        try:
+            # Of the process: a data worker that outlives a killed one does not hold it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # which one depends on the system
+            raise UserError(
+                f"resume: another process trains in '{run_dir}'; wait until it ends, or stop it"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
 def _cannot_write(save_dir: Path, error: OSError) -> UserError:
     return UserError(
         f"save_dir: cannot write to '{save_dir}' ({error.strerror}); "
@@ -81,6 +117,10 @@ def replace_atomically(path: Path) -> Iterator[Path]:
         temporary.chmod(mode)  # safetensors leaves its files to their owner alone
         _flush_to_disk(temporary)
         temporary.replace(path)
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = str(path)  # which an error of writing does not say
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     _flush_to_disk(path.parent)

@@ -6,19 +6,18 @@ To report to another service, write a sink here and open it in `open_sinks`.
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from torch import Tensor
+from tqdm import tqdm
 
-from sparsify.training.checkpoints import save_weights
 from sparsify.training.config import TrainingConfig
+from sparsify.training.run_folder import METRICS_FILE
 from sparsify.training.terminal_sink import TerminalSink
 from sparsify.training.wandb_sink import WandbSink
-
-METRICS_FILE = "metrics.jsonl"
 
 
 @runtime_checkable
@@ -31,8 +30,11 @@ class Sink(Protocol):
     def console(self, text: str) -> None:
         """Take a text for whoever watches."""
 
-    def save(self, weights: Mapping[str, Tensor], n_samples: int) -> None:
-        """Take the weights after `n_samples` training samples."""
+    def flush(self) -> None:
+        """Have on disk what was logged. Raises an `OSError` if that fails."""
+
+    def saved(self, path: Path) -> None:
+        """Take note of weights that have been written, in another thread than the rest."""
 
     def close(self, *, has_failed: bool = False) -> None:
         """Finish. Nothing is reported afterwards."""
@@ -47,7 +49,10 @@ class NullSink:
     def console(self, text: str) -> None:
         """Do nothing."""
 
-    def save(self, weights: Mapping[str, Tensor], n_samples: int) -> None:
+    def flush(self) -> None:
+        """Do nothing."""
+
+    def saved(self, path: Path) -> None:
         """Do nothing."""
 
     def close(self, *, has_failed: bool = False) -> None:
@@ -70,10 +75,15 @@ class CompositeSink:
         for sink in self.sinks:
             sink.console(text)
 
-    def save(self, weights: Mapping[str, Tensor], n_samples: int) -> None:
-        """Hand on weights."""
+    def flush(self) -> None:
+        """Hand on."""
         for sink in self.sinks:
-            sink.save(weights, n_samples)
+            sink.flush()
+
+    def saved(self, path: Path) -> None:
+        """Hand on where weights are."""
+        for sink in self.sinks:
+            sink.saved(path)
 
     def close(self, *, has_failed: bool = False) -> None:
         """Close all."""
@@ -82,36 +92,53 @@ class CompositeSink:
 
 
 class RunFolderSink(NullSink):
-    """Writes `metrics.jsonl` and `samples_{n}.safetensors`.
+    """Writes `metrics.jsonl`.
 
-    A line of `metrics.jsonl` is one JSON object: `n_samples` and the metrics. A number that is not
-    finite, which JSON cannot hold, becomes null.
+    A line is one JSON object: `n_samples` and the metrics. A number that is not finite, which JSON
+    cannot hold, becomes null. What cannot be written, as on a full disk, is kept and tried again.
 
     Args:
         run_dir: Folder of the run. Lines are appended to a file that is already there.
-        metadata: What the weights belong to, kept in every weights file. None: no metadata.
     """
 
-    def __init__(self, run_dir: Path, metadata: Mapping[str, str] | None = None) -> None:
-        self.run_dir = run_dir
-        self.metadata = metadata
-        self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
+    def __init__(self, run_dir: Path) -> None:
+        self._file = (run_dir / METRICS_FILE).open("ab", buffering=0)
+        self._pending = b""
+        self._is_warned = False
 
     def log(self, metrics: Mapping[str, float], n_samples: int) -> None:
-        """Append a line, and see that it reaches the file."""
+        """Append a line."""
         values = {name: float(value) for name, value in metrics.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"n_samples": n_samples, **finite}) + "\n")
-        self._file.flush()
+        self._pending += json.dumps({"n_samples": n_samples, **finite}).encode() + b"\n"
+        self._write_or_warn("kept in memory until they can be")
 
-    def save(self, weights: Mapping[str, Tensor], n_samples: int) -> None:
-        """Write a checkpoint. What was logged before it is on disk then as well."""
+    def flush(self) -> None:
+        """See that all lines are on disk."""
+        self._write()
         os.fsync(self._file.fileno())
-        save_weights(self.run_dir, weights, n_samples, self.metadata)
 
     def close(self, *, has_failed: bool = False) -> None:
-        """Close the file of metrics."""
+        """Close the file."""
+        self._is_warned = False
+        self._write_or_warn("lost")
         self._file.close()
+
+    def _write(self) -> None:
+        while self._pending:  # A disk that becomes full takes a part.
+            self._pending = self._pending[self._file.write(self._pending) :]
+
+    def _write_or_warn(self, fate: str) -> None:
+        try:
+            self._write()
+        except OSError as error:
+            if not self._is_warned:
+                tqdm.write(
+                    f"warning: save_dir: metrics cannot be written to '{self._file.name}' "
+                    f"({error.strerror}) and are {fate}",
+                    file=sys.stderr,
+                )
+            self._is_warned = True
 
 
 def report_early_end(sink: Sink, n_samples: int, n_wanted: int, trained: str) -> None:
@@ -134,7 +161,6 @@ def open_sinks(
     run_name: str,
     run_dir: Path | None,
     n_ctx: int,
-    metadata: Mapping[str, str] | None = None,
     start: int = 0,
 ) -> Iterator[Sink]:
     """The sinks that a config asks for, as one, closed when the block ends.
@@ -144,17 +170,16 @@ def open_sinks(
         run_name: Name of the run, without a time.
         run_dir: Folder of the run, with its config written. None: no files.
         n_ctx: Tokens in a sample, for the speed that is shown.
-        metadata: Kept in every weights file. None: no metadata.
         start: Samples trained on before, in a run that goes on.
     """
     sinks: list[Sink] = []
     has_failed = True
     try:
         if run_dir is not None:
-            sinks.append(RunFolderSink(run_dir, metadata))
+            sinks.append(RunFolderSink(run_dir))
         if config.wandb_project is not None:
             sinks.append(WandbSink(config, run_name, run_dir))
-        sinks.append(TerminalSink(config.n_samples, n_ctx, start, run_dir))
+        sinks.append(TerminalSink(config.n_samples, n_ctx, start))
         yield CompositeSink(*sinks)
         has_failed = False
     finally:

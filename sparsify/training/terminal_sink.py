@@ -7,10 +7,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
 from tqdm import tqdm
-
-from sparsify.training.checkpoints import weights_path
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -32,13 +29,9 @@ class TerminalSink:
         n_samples: Samples of the whole run.
         n_ctx: Tokens in a sample.
         start: Samples trained on before.
-        run_dir: Folder of the run. None: the run writes no files.
     """
 
-    def __init__(
-        self, n_samples: int, n_ctx: int, start: int = 0, run_dir: Path | None = None
-    ) -> None:
-        self.run_dir = run_dir
+    def __init__(self, n_samples: int, n_ctx: int, start: int = 0) -> None:
         self.n_samples = n_samples
         self.n_ctx = n_ctx
         self._bar = tqdm(
@@ -75,10 +68,12 @@ class TerminalSink:
         """Print, above the progress bar if there is one."""
         tqdm.write(text, file=sys.stderr)
 
-    def save(self, weights: Mapping[str, Tensor], n_samples: int) -> None:
-        """Say so, if the run writes files."""
-        if self.run_dir is not None:
-            self.console(f"saved {weights_path(self.run_dir, n_samples)}")
+    def flush(self) -> None:
+        """Do nothing: it has been shown."""
+
+    def saved(self, path: Path) -> None:
+        """Say so."""
+        self.console(f"saved {path}")
 
     def close(self, *, has_failed: bool = False) -> None:
         """Leave the progress bar as it stands."""

@@ -13,12 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
 from tqdm import tqdm
 
 from sparsify.base_config import UserError
 from sparsify.secrets import REDACTED, one_line, secrets_of_environment
-from sparsify.training.checkpoints import weights_path
 from sparsify.training.config import TrainingConfig
 from sparsify.training.run_folder import CONFIG_FILE
 
@@ -77,11 +75,12 @@ class WandbSink:
     def console(self, text: str) -> None:
         """Do nothing: wandb itself copies what the terminal shows."""
 
-    def save(self, weights: Mapping[str, Tensor], n_samples: int) -> None:
-        """Upload the file that the run folder's sink, which comes first, has written."""
-        if (run_dir := self.run_dir) is not None:
-            path = weights_path(run_dir, n_samples)
-            self._attempt(lambda run: run.save(path, base_path=run_dir, policy="now"))
+    def flush(self) -> None:
+        """Do nothing: what wandb keeps, it sends or writes when it likes."""
+
+    def saved(self, path: Path) -> None:
+        """Upload weights of the run folder."""
+        self._attempt(lambda run: run.save(path, base_path=path.parent, policy="now"))
 
     def close(self, *, has_failed: bool = False) -> None:
         """Send what is left and end the run."""

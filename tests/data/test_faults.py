@@ -15,6 +15,8 @@ from huggingface_hub.errors import (
 from sparsify.data import faults
 from sparsify.data.faults import RETRY_DELAYS_S, Patience, is_transient, retried
 
+pytestmark = pytest.mark.fault
+
 
 def hub_error(status: int, kind: type[HfHubHTTPError] = HfHubHTTPError) -> HfHubHTTPError:
     response: Any = requests.Response()  # the hub's client has had three kinds of response

@@ -15,6 +15,8 @@ from sparsify.data.documents import Chunk, Documents
 from sparsify.data.shard_rows import ShardRows
 from sparsify.data.sources import open_documents
 
+pytestmark = pytest.mark.fault
+
 Raise = Callable[[int], None]
 
 

@@ -1,5 +1,9 @@
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -8,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsify.kernels.chunked import chunked_cross_entropy, chunked_kl
+from sparsify.kernels.compiled import why_not_compiled
 from sparsify.kernels.reference import full_cross_entropy, full_kl
 from sparsify.kernels.unembedding import Unembedding
 
@@ -263,3 +268,32 @@ def test_empty_input_is_rejected():
 def test_chunk_size_below_one_is_rejected():
     with pytest.raises(ValueError, match="chunk_size must be at least 1, given 0"):
         chunked_kl(torch.randn(2, 4), torch.randn(2, 4), IDENTITY, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("chunk_size", [1, 4, None])
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_compiled_kl_equals_full_logits(dtype: torch.dtype, chunk_size: int | None, scale: float):
+    assert why_not_compiled(torch.device("cpu")) is None
+    for unembed in (soft_capped(5, 11, dtype), Unembedding(scale * torch.randn(5, 7, dtype=dtype))):
+        orig = torch.randn(3, 7, 5, dtype=dtype)
+        new = torch.randn(3, 7, 5, dtype=dtype, requires_grad=True)
+        kl = chunked_kl(orig, new, replace(unembed, is_compiled=True), chunk_size)
+        expected = full_kl(orig, new, unembed)
+        assert_close(kl, expected)
+        assert_close(grads_of(kl, new), grads_of(expected, new))
+
+
+def test_without_a_compiler_there_is_a_reason(tmp_path: Path):
+    program = "import torch; from sparsify.kernels.compiled import why_not_compiled\n"
+    program += "print(why_not_compiled(torch.device('cpu')))"
+    environment = {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "No working C++ compiler found" in done.stdout

@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 TEXT = "def double(number):\n    return 2 * number\n\n\nclass Node:\n    pass\n\n\n"
 
@@ -12,6 +14,21 @@ TEXT = "def double(number):\n    return 2 * number\n\n\nclass Node:\n    pass\n\
 def write_yaml(path: Path, content: dict[str, Any]) -> Path:
     path.write_text(yaml.safe_dump(content))
     return path
+
+
+def assert_same_end(run_dir: Path, whole: Path, *, may_lack_weights: bool = False) -> None:
+    """Same weights and metrics, to the last bit; of all checkpoints, or of those that are there."""
+    assert (run_dir / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert (run_dir / "eval.json").read_bytes() == (whole / "eval.json").read_bytes()
+    for path in (run_dir if may_lack_weights else whole).glob("samples_*"):
+        # Not byte by byte, since their headers are in no fixed order.
+        torch.testing.assert_close(
+            load_file(run_dir / path.name),
+            load_file(whole / path.name),
+            rtol=0,
+            atol=0,
+            msg=path.name,
+        )
 
 
 @pytest.fixture(scope="session")

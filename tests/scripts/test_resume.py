@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,9 +18,9 @@ from sparsify.scripts.train_tlens_saes import train
 from sparsify.scripts.train_tlens_saes.run_train_tlens_saes import main
 from sparsify.training.resume import load_checkpoint
 
-from .conftest import write_yaml
+from .conftest import assert_same_end, write_yaml
 
-pytestmark = [pytest.mark.slow, pytest.mark.model]
+pytestmark = [pytest.mark.fault, pytest.mark.slow, pytest.mark.model]
 
 
 @pytest.fixture(scope="module")
@@ -73,16 +72,6 @@ def stop_in_batch(index: int, config: Path, signal_number: int = signal.SIGINT) 
         assert main([str(config)]) == 130
     (run_dir,) = (config.parent / "out").iterdir()
     return run_dir
-
-
-def assert_same_end(run_dir: Path, whole: Path) -> None:
-    """Same weights and metrics, to the last bit."""
-    assert (run_dir / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
-    assert (run_dir / "eval.json").read_bytes() == (whole / "eval.json").read_bytes()
-    for path in whole.glob("samples_*"):  # whose headers are in no fixed order
-        torch.testing.assert_close(
-            load_file(run_dir / path.name), load_file(path), rtol=0, atol=0, msg=path.name
-        )
 
 
 @pytest.mark.parametrize("index", range(6))
@@ -169,7 +158,7 @@ def test_what_was_written_after_the_checkpoint_is_left_out(config: Path, whole: 
         file.write('{"n_samples": 20, "lo')
     assert main([str(config), "--resume", str(run_dir)]) == 0
     assert_same_end(run_dir, whole)
-    assert not list(run_dir.glob(".*"))
+    assert not list(run_dir.glob(".*.tmp"))
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(

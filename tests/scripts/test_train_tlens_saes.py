@@ -68,6 +68,7 @@ def test_a_run_learns_evaluates_and_can_be_loaded(
     counts = [m for m in metrics if f"sparsity/alive_dict_elements/{POSITION}" in m]
     assert len(counts) > len(evaluated)
     assert {path.name for path in run_dir.iterdir()} == {
+        ".lock",
         *("checkpoint_16.json", "checkpoint_24.json", "state_16.pt", "state_24.pt"),
         "eval.json",
         "final_config.yaml",
@@ -149,7 +150,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     )
     assert load_file(path)["tokens"].shape == (4, 16)
     names = {path.name for path in run_dir.iterdir()}
-    assert names == {"final_config.yaml", "metrics.jsonl", path.name}
+    assert names == {".lock", "final_config.yaml", "metrics.jsonl", path.name}
 
 
 @pytest.mark.slow

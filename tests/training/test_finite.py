@@ -7,6 +7,8 @@ from safetensors.torch import load_file
 from sparsify.base_config import UserError
 from sparsify.training.finite import check_gradient, check_loss, check_weights
 
+pytestmark = pytest.mark.fault
+
 TERMS = {"sparsity/a": torch.tensor(1.0), "logits_kl": torch.tensor(float("nan"))}
 TOKENS = torch.arange(6).reshape(2, 3)
 

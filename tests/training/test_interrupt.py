@@ -4,6 +4,8 @@ import pytest
 
 from sparsify.training.interrupt import held_interrupt
 
+pytestmark = pytest.mark.fault
+
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_second_ctrl_c_acts_at_once(first: signal.Signals):

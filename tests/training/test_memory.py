@@ -9,7 +9,14 @@ from sparsify.losses import LossConfig
 from sparsify.sae_transformer import SAETransformer
 from sparsify.scripts.benchmark.measure import OurStepper, build_model, peak_bytes
 from sparsify.scripts.benchmark.shapes import MODES, Shape
-from sparsify.training.memory import estimate_memory, explained_out_of_memory, format_estimate
+from sparsify.training import memory
+from sparsify.training.memory import (
+    check_memory,
+    estimate_memory,
+    explained_out_of_memory,
+    format_estimate,
+    free_memory,
+)
 
 CPU = torch.device("cpu")
 SHAPE = Shape(4, 64, 2, 512, batch_size=8, n_ctx=64, block=1, ratio=16.0)
@@ -57,3 +64,34 @@ def test_out_of_memory_names_the_largest_term_that_a_setting_shrinks():
     message = r"^device: out of memory \(CUDA out of memory\)\. The memory of a step.*Lower batch_s"
     with pytest.raises(UserError, match=message), explained_out_of_memory(terms):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ...")
+
+
+def test_out_of_memory_on_a_cpu_is_explained_and_no_other_error():
+    terms = {"SAE activations": 5_000_000}
+    message = r"^device: out of memory \(can't allocate memory: you tried to allocate \d+ bytes\)"
+    with pytest.raises(UserError, match=message), explained_out_of_memory(terms):
+        torch.empty(2**60, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="a bug"), explained_out_of_memory(terms):
+        raise RuntimeError("a bug")
+
+
+def test_a_step_must_fit_besides_what_is_there(monkeypatch: pytest.MonkeyPatch):
+    terms = {"model": 9_000_000, "SAE activations": 5_000_000, "logits": 1_000_000}
+    monkeypatch.setattr(memory, "free_memory", lambda _: 6_000_000)
+    fact = check_memory(terms, "cpu", ("model",), "batch_size")
+    assert fact == (
+        "15 MB (model 9, SAE activations 5, logits 1) in a step; 6 MB free besides model"
+    )
+    monkeypatch.setattr(memory, "free_memory", lambda _: 4_000_000)
+    message = (
+        r"^device: a step takes 6 MB besides model, but cpu has 4 MB free\. The .*Lower batch_s"
+    )
+    with pytest.raises(UserError, match=message):
+        check_memory(terms, "cpu", ("model",), "batch_size")
+    monkeypatch.setattr(memory, "free_memory", lambda _: None)
+    assert "unknown free besides model" in check_memory(terms, "cpu", ("model",), "batch_size")
+
+
+def test_this_machine_says_what_is_free():
+    free = free_memory("cpu")
+    assert free is None or free > 1_000_000

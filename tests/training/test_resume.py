@@ -14,6 +14,8 @@ from sparsify.training.resume import (
     save_checkpoint,
 )
 
+pytestmark = pytest.mark.fault
+
 
 def save(run_dir: Path, n_samples: int, keep_last: int = 2) -> None:
     save_weights(run_dir, {"w": torch.full((1000,), float(n_samples))}, n_samples)

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ from sparsify.training.config import TrainingConfig
 from sparsify.training.run_folder import (
     check_save_dir,
     create_run_folder,
+    held_run_folder,
     replace_atomically,
     write_config,
     write_text,
@@ -58,3 +61,18 @@ def test_failing_write_leaves_the_old_file(tmp_path: Path):
 def test_config_is_written_as_it_can_be_loaded(tmp_path: Path):
     config = TrainingConfig(n_samples=8, batch_size=2, lr=1e-3, save_dir=tmp_path)
     assert TrainingConfig.model_validate(read_yaml(write_config(tmp_path, config))) == config
+
+
+def test_a_folder_is_held_by_one_process(tmp_path: Path):
+    hold = "import sys, pathlib; from sparsify.training.run_folder import held_run_folder\n"
+    hold += "with held_run_folder(pathlib.Path(sys.argv[1])): print('held', flush=True); input()"
+    command = [sys.executable, "-c", hold, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        message = rf"^resume: another process trains in '{tmp_path}'; wait until it ends, or stop"
+        with pytest.raises(UserError, match=message), held_run_folder(tmp_path):
+            pass
+        process.kill()
+    with held_run_folder(tmp_path):
+        pass

@@ -19,8 +19,11 @@ class _RecordingSink(NullSink):
     def log(self, metrics: Any, n_samples: int) -> None:
         self.calls.append(("log", dict(metrics), n_samples))
 
-    def save(self, weights: Any, n_samples: int) -> None:
-        self.calls.append(("save", n_samples))
+    def flush(self) -> None:
+        self.calls.append("flush")
+
+    def saved(self, path: Path) -> None:
+        self.calls.append(("saved", path))
 
     def close(self, *, has_failed: bool = False) -> None:
         self.calls.append(("close", has_failed))
@@ -50,10 +53,16 @@ def test_composite_hands_on_everything():
     sinks = [_RecordingSink(), _RecordingSink()]
     sink = CompositeSink(*sinks)
     sink.log({"loss": 1.0}, 8)
-    sink.save({}, 8)
+    sink.flush()
+    sink.saved(Path("weights"))
     sink.close()
     for recording in sinks:
-        assert recording.calls == [("log", {"loss": 1.0}, 8), ("save", 8), ("close", False)]
+        assert recording.calls == [
+            ("log", {"loss": 1.0}, 8),
+            "flush",
+            ("saved", Path("weights")),
+            ("close", False),
+        ]
 
 
 def test_watched_metrics_are_means_over_positions():

@@ -14,7 +14,8 @@ import torch
 from sparsify.base_config import UserError
 from sparsify.training.config import TrainingConfig
 from sparsify.training.run_folder import write_config
-from sparsify.training.sinks import open_sinks
+from sparsify.training.saver import CheckpointSaver
+from sparsify.training.sinks import Sink, open_sinks
 from sparsify.training.wandb_sink import WandbSink
 
 CONFIG = TrainingConfig(n_samples=1000, batch_size=10, lr=1e-3, wandb_project="sparsify-test")
@@ -34,7 +35,7 @@ STARTED = {
 }
 
 # Each starts wandb's own process.
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.fault, pytest.mark.slow]
 
 
 @pytest.fixture(autouse=True)
@@ -136,11 +137,16 @@ def files_with_secrets(folder: Path) -> list[str]:
     return [str(path) for path in files if any(secret in path.read_bytes() for secret in secrets)]
 
 
+def save(sink: Sink, run_dir: Path, n_samples: int) -> None:
+    with CheckpointSaver(run_dir, 1, sink) as saver:
+        saver.save(n_samples, {"w": torch.ones(1)}, {})
+
+
 def train(run_dir: Path, *, n_steps: int = 3) -> None:
     with open_sinks(CONFIG, run_name="run", run_dir=run_dir, n_ctx=8) as sink:
         for n_samples in range(10, 10 * n_steps + 1, 10):
             sink.log({"loss": 1 / n_samples}, n_samples)
-        sink.save({"w": torch.ones(1)}, 10 * n_steps)
+        save(sink, run_dir, 10 * n_steps)
 
 
 def test_wandb_gets_metrics_by_samples_and_the_files(
@@ -152,7 +158,7 @@ def test_wandb_gets_metrics_by_samples_and_the_files(
     run = sink._run
     assert run is not None
     sink.log({"loss": 0.5}, 40)
-    sink.save({"w": torch.ones(1)}, 40)
+    sink.saved(run_dir / "samples_40.safetensors")
     assert (run.project, run.entity, run.name) == ("sparsify-test", "team", "name")
     assert run.config["batch_size"] == 10
     sink.log({"loss": 0.25}, 50)  # a step is over when the next one begins
@@ -227,7 +233,7 @@ def test_wandb_that_dies_in_the_middle_is_one_warning(
         kill_wandb()
         for n_samples in (20, 30, 40):
             sink.log({"loss": 1.0}, n_samples)
-        sink.save({"w": torch.ones(1)}, 40)
+        save(sink, run_dir, 40)
     printed = capfd.readouterr().err
     [warning] = warnings_of(printed)
     [folder] = run_dir.glob("wandb/offline-run-*")

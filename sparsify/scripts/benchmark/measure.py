@@ -21,6 +21,7 @@ from sparsify.sae_transformer import SAETransformer
 from sparsify.scripts.benchmark.floor import matmul_rate, step_flops, synchronize
 from sparsify.scripts.benchmark.reference_step import ReferenceStepper
 from sparsify.scripts.benchmark.shapes import SHAPES, Shape
+from sparsify.training.compilation import compile_kernels
 from sparsify.training.optimizers import build_adam
 from sparsify.training.precision import set_precision
 from sparsify.training.steps import GradientStepper
@@ -31,7 +32,7 @@ N_WARMUP = 2
 
 
 def measure(
-    shape_name: str, mode: str, n_steps: int, device: torch.device
+    shape_name: str, mode: str, n_steps: int, device: torch.device, is_compiled: bool
 ) -> dict[str, str | float]:
     """One row of the table: medians over `n_steps` steps of either kind, taken in turns."""
     shape = SHAPES[shape_name]
@@ -39,6 +40,8 @@ def measure(
     model = SAETransformer(build_model(shape, device), [shape.position], shape.ratio)
     tokens = torch.randint(shape.d_vocab, (n_steps, shape.batch_size, shape.n_ctx), device=device)
     make_sparse(model, shape.position, tokens[0])
+    if is_compiled:
+        compile_kernels(model)
     loss = LossConfig.model_validate(shape.loss(mode))
     reference = ReferenceStepper(
         model.tlens_model, model.saes.at(shape.position), shape.position, loss, LR

@@ -53,6 +53,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=[],
         help="take our step the plain way here; can be given several times",
     )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile our step's KL, as `compile: true` does"
+    )
     options = parser.parse_args(argv)
     if options.n_steps < 1:
         parser.error(f"--n-steps: {options.n_steps} gives no median; set it to 1 or more")
@@ -72,8 +75,9 @@ def measure_here(options: argparse.Namespace) -> Row:
     from sparsify.scripts.benchmark.techniques import switched_off
 
     with switched_off(options.without):
-        row = measure(options.shape, options.mode, options.n_steps, torch.device(options.device))
-    return row | {"without": options.without}
+        device = torch.device(options.device)
+        row = measure(options.shape, options.mode, options.n_steps, device, options.compile)
+    return row | {"without": options.without, "is_compiled": options.compile}
 
 
 def measure_apart(shape: str, mode: str, options: argparse.Namespace) -> Row:
@@ -84,6 +88,7 @@ def measure_apart(shape: str, mode: str, options: argparse.Namespace) -> Row:
         command = [sys.executable, __file__, "--shape", shape, "--mode", mode, "--json", str(path)]
         command += ["--n-steps", str(options.n_steps), "--device", options.device]
         command += [f"--without={name}" for name in options.without]
+        command += ["--compile"] if options.compile else []
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         (row,) = json.loads(path.read_text(encoding="utf-8"))
     return row
@@ -104,6 +109,8 @@ def print_report(rows: list[Row]) -> None:
     first = rows[0]
     if first["without"]:
         print(f"\nwithout {', '.join(first['without'])}")
+    if first["is_compiled"]:
+        print("\nwith a compiled KL")
     print(
         "\nextra MB   peak beyond the weights, with gradients and optimizer state"
         "\nx floor    step's time / time of the arithmetic that it cannot avoid\n\n"

@@ -2,10 +2,10 @@
 
 from typing import Self
 
-from pydantic import PositiveInt, model_validator
+from pydantic import model_validator
 
 from sparsify.architecture import Architecture
-from sparsify.base_config import BaseConfig, PositiveFinite
+from sparsify.base_config import BaseConfig, Count, PositiveFinite
 from sparsify.data.config import DataConfig
 from sparsify.training.config import TrainingConfig
 
@@ -13,7 +13,7 @@ from sparsify.training.config import TrainingConfig
 class TokenizerConfig(BaseConfig):
     """A byte-level BPE trained on the documents of `train_data`."""
 
-    vocab_size: PositiveInt
+    vocab_size: Count
 
 
 class Config(TrainingConfig):

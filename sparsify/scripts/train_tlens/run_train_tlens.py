@@ -16,13 +16,21 @@ from sparsify.scripts.train_tlens.config import Config
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with `argv`, None for the process's arguments; returns the exit code."""
-    return run_script(Config, _train, "Train a small language model on text.", argv)
+    return run_script(
+        Config, _train, "Train a small language model on text.", argv, preflight=_preflight
+    )
 
 
 def _train(config: Config) -> None:
     from sparsify.scripts.train_tlens.train import train_language_model
 
     train_language_model(config)
+
+
+def _preflight(config: Config) -> bool:
+    from sparsify.scripts.train_tlens.preflight import preflight
+
+    return preflight(config)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 import sys
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -25,17 +26,25 @@ from sparsify.scripts.train_tlens.trigram import TrigramModel
 from sparsify.training.cadence import Cadence
 from sparsify.training.interrupt import held_interrupt
 from sparsify.training.optimizers import build_muon
+from sparsify.training.preflight import check_disk_at_start
 from sparsify.training.random_state import get_random_state, set_random_state, set_seed
 from sparsify.training.resume import (
     Checkpoint,
     checkpoint_to_go_on_from,
     clear_what_came_after,
+    explained_misfit,
     resume_line,
-    save_checkpoint,
 )
-from sparsify.training.run_folder import check_save_dir, create_run_folder, write_config
+from sparsify.training.run_folder import (
+    METRICS_FILE,
+    check_save_dir,
+    create_run_folder,
+    held_run_folder,
+    write_config,
+)
+from sparsify.training.saver import CheckpointSaver
 from sparsify.training.schedules import build_lr_schedulers
-from sparsify.training.sinks import METRICS_FILE, Sink, open_sinks, report_early_end
+from sparsify.training.sinks import Sink, open_sinks, report_early_end
 from sparsify.training.steps import GradientStepper
 
 MODEL_FOLDER = "model"
@@ -59,12 +68,13 @@ class Trainer:
         set_seed(config.seed)
         self.config = config
         self.n_samples = 0
-        self.n_samples_saved: int | None = None
         self.tokenizer = tokenizer
         self.token_bytes = bytes_per_token(self.tokenizer)
         self.model = TrainableModel(config.model, seed=config.seed)
-        self.loader = self.build_loader(config.train_data)
-        self.eval_loader = self.build_loader(config.eval_data, num_workers=0)
+        self.loader = open_data(config, config.train_data, tokenizer)
+        self.held = ExitStack()  # what must be let go at the end
+        self.held.callback(self.loader.close)
+        self.eval_loader = open_data(config, config.eval_data, tokenizer, num_workers=0)
         optimizers = build_muon(self.model.named_parameters(), config.lr, config.adam_lr)
         self.stepper = GradientStepper(
             self.model.parameters(),
@@ -74,7 +84,7 @@ class Trainer:
             max_grad_norm=config.max_grad_norm,
         )
 
-    def train(self, sink: Sink, run_dir: Path, is_interrupted: Callable[[], bool]) -> None:
+    def train(self, sink: Sink, saver: CheckpointSaver, is_interrupted: Callable[[], bool]) -> None:
         """Train until the config's number of samples, the end of the data, or Ctrl-C."""
         cadence = Cadence.from_config(self.config, start=self.n_samples)
         n_batches = self.config.n_batches - self.n_samples // self.config.batch_size
@@ -88,7 +98,7 @@ class Trainer:
             if cadence.evaluate.due(self.n_samples):
                 sink.log(loss_metrics(self.evaluate(self.config.eval_n_samples)), self.n_samples)
             if cadence.save_due(self.n_samples):
-                self.save(sink, run_dir)
+                self.save(saver)
             if is_interrupted():
                 break
 
@@ -97,39 +107,22 @@ class Trainer:
         n_batches = sys.maxsize if n_samples is None else -(-n_samples // self.config.batch_size)
         return text_loss(self.model, islice(self.eval_loader, n_batches), self.token_bytes)
 
-    def save(self, sink: Sink, run_dir: Path) -> None:
-        """Write the weights, and what the run needs to go on, once as they are."""
-        if self.n_samples_saved == self.n_samples:
-            return
-        sink.save(self.model.state_dict(), self.n_samples)
+    def save(self, saver: CheckpointSaver) -> None:
+        """Write the weights, and what the run needs to go on."""
         state = {
             "stepper": self.stepper.state_dict(),
             "loader": self.loader.state_dict(),
             "random": get_random_state(),
-            "metrics_bytes": (run_dir / METRICS_FILE).stat().st_size,
         }
-        save_checkpoint(run_dir, self.n_samples, state, self.config.keep_last)
-        self.n_samples_saved = self.n_samples
+        saver.save(self.n_samples, self.model.state_dict(), state)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of the run."""
-        self.n_samples = self.n_samples_saved = checkpoint.n_samples
+        self.n_samples = checkpoint.n_samples
         self.model.load_state_dict(checkpoint.weights)
         self.stepper.load_state_dict(checkpoint.state["stepper"])
         self.loader.load_state_dict(checkpoint.state["loader"])
         set_random_state(checkpoint.state["random"])
-
-    def build_loader(self, data: DataConfig, num_workers: Literal[0, 1] = 1) -> TokenLoader:
-        """Batches of this run's training or held-out data."""
-        return build_loader(
-            data,
-            batch_size=self.config.batch_size,
-            tokenizer=self.tokenizer,
-            seed=self.config.seed,
-            d_vocab=self.config.model.d_vocab,
-            model_n_ctx=self.config.model.n_ctx,
-            num_workers=num_workers,
-        )
 
 
 def train_language_model(config: Config) -> None:
@@ -137,7 +130,7 @@ def train_language_model(config: Config) -> None:
     trainer, run_dir = start(config) if config.resume is None else go_on(config)
     write_config(run_dir, trainer.config)
     with (
-        closing(trainer.loader),
+        trainer.held,
         open_sinks(
             config,
             run_name=config.run_name("tlens"),
@@ -145,10 +138,11 @@ def train_language_model(config: Config) -> None:
             n_ctx=config.train_data.n_ctx,
             start=trainer.n_samples,
         ) as sink,
+        CheckpointSaver(run_dir, config.keep_last, sink, start=trainer.n_samples) as saver,
     ):
         with held_interrupt(resume_line(run_dir)) as is_interrupted:
-            trainer.train(sink, run_dir, is_interrupted)
-            trainer.save(sink, run_dir)
+            trainer.train(sink, saver, is_interrupted)
+            saver.finish(partial(trainer.save, saver))
         finish(trainer, sink, run_dir / MODEL_FOLDER)
 
 
@@ -157,7 +151,9 @@ def start(config: Config) -> tuple[Trainer, Path]:
     assert config.save_dir is not None, "the config's validator refuses null"
     check_save_dir(config.save_dir)
     trainer = Trainer(config, make_tokenizer(config))
+    check_disk_at_start(config, trainer.model, trainer.stepper.parameters)
     run_dir = create_run_folder(config.save_dir, config.run_name("tlens"))
+    trainer.held.enter_context(held_run_folder(run_dir))
     trainer.tokenizer.save_pretrained(run_dir / MODEL_FOLDER)
     return trainer, run_dir
 
@@ -169,7 +165,9 @@ def go_on(config: Config) -> tuple[Trainer, Path]:
     # The config that is kept is one from which the whole run can be repeated.
     whole_run = config.model_copy(update={"resume": None})
     trainer = Trainer(whole_run, load_tokenizer(str(run_dir / MODEL_FOLDER)))
-    trainer.resume(checkpoint)
+    with explained_misfit(checkpoint):
+        trainer.resume(checkpoint)
+    trainer.held.enter_context(held_run_folder(run_dir))
     clear_what_came_after(checkpoint, run_dir / METRICS_FILE)
     return trainer, run_dir
 
@@ -188,12 +186,35 @@ def loss_metrics(loss: TextLoss) -> dict[str, float]:
     }
 
 
-def make_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """The tokenizer of a new run: one that exists, or one trained on its data."""
+def open_data(
+    config: Config,
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    num_workers: Literal[0, 1] = 1,
+) -> TokenLoader:
+    """Batches of a run's training or held-out data."""
+    return build_loader(
+        data,
+        batch_size=config.batch_size,
+        tokenizer=tokenizer,
+        seed=config.seed,
+        d_vocab=config.model.d_vocab,
+        model_n_ctx=config.model.n_ctx,
+        num_workers=num_workers,
+    )
+
+
+def make_tokenizer(config: Config, max_chunks: int | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a new run: one that exists, or one trained on its data.
+
+    Args:
+        config: Which of the two.
+        max_chunks: Chunks of documents to train one on. None: all.
+    """
     if config.tokenizer is None:
         return load_tokenizer(str(config.train_data.tokenizer_name))
     chunks = open_documents(config.train_data).chunks(np.random.default_rng(config.seed), None)
-    texts = (str(text) for chunk in chunks for text in chunk.documents)
+    texts = (str(text) for chunk in islice(chunks, max_chunks) for text in chunk.documents)
     return train_tokenizer(texts, config.tokenizer.vocab_size)
 
 
@@ -224,4 +245,5 @@ def trigram_loss(trainer: Trainer) -> TextLoss:
 
 def _all_tokens(trainer: Trainer, data: DataConfig) -> np.ndarray:
     """All sequences, shape `sample pos`."""
-    return np.concatenate([batch.numpy() for batch in trainer.build_loader(data)])
+    loader = open_data(trainer.config, data, trainer.tokenizer)
+    return np.concatenate([batch.numpy() for batch in loader])

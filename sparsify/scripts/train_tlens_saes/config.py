@@ -2,14 +2,16 @@
 
 from typing import Literal, Self
 
-from pydantic import PositiveInt, model_validator
+from pydantic import model_validator
 
+from sparsify.base_config import Count
 from sparsify.config import SAETransformerConfig
 from sparsify.data.config import DataConfig
 from sparsify.losses import LossConfig
 from sparsify.training.config import TrainingConfig
 
 DEFAULT_ACT_FREQUENCY_N_TOKENS = 500_000
+MAX_MODEL_NAME = 100
 
 
 class Config(SAETransformerConfig, TrainingConfig):
@@ -21,15 +23,18 @@ class Config(SAETransformerConfig, TrainingConfig):
     """What the SAEs are trained on."""
     eval_data: DataConfig | None = None
     """Held-out text. null: no evaluation."""
-    collect_act_frequency_every_n_samples: PositiveInt | None = None
+    collect_act_frequency_every_n_samples: Count | None = None
     """Samples between two counts of alive dictionary elements. null: no counts in training."""
-    act_frequency_n_tokens: PositiveInt = DEFAULT_ACT_FREQUENCY_N_TOKENS
+    act_frequency_n_tokens: Count = DEFAULT_ACT_FREQUENCY_N_TOKENS
     """Training tokens over which one such count runs."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train. auto: a GPU if torch sees one."""
     mixed_precision: bool | None = None
     """Whether the frozen model multiplies in bfloat16, and SAEs on a GPU in TensorFloat-32. null:
     on a GPU that has bfloat16. The SAEs' weights and Adam's state stay in float32."""
+    compile: bool = False
+    """Whether torch compiles the KL's kernel, some seconds at the start; on a CPU this needs a C++
+    compiler, on a GPU Triton."""
 
     @model_validator(mode="after")
     def _evaluations_have_data(self) -> Self:
@@ -58,6 +63,7 @@ class Config(SAETransformerConfig, TrainingConfig):
         if self.loss.in_to_orig is not None:
             kind = f"{kind}-downstream"
         model = str(self.tlens_model_name or self.tlens_model_path).strip("/").replace("/", "-")
+        model = model[-MAX_MODEL_NAME:].strip("-")  # the end of a long path tells more
         sparsity = f"-sparsity-{self.loss.sparsity.coeff:g}" if self.loss.sparsity else ""
         return (
             f"{model}-{kind}-ratio-{self.saes.dict_size_to_input_ratio:g}-lr-{self.lr:g}{sparsity}"

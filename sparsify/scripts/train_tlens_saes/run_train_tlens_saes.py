@@ -15,13 +15,21 @@ from sparsify.scripts.train_tlens_saes.config import Config
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with `argv`, None for the process's arguments; returns the exit code."""
-    return run_script(Config, _train, "Train SAEs inside a language model.", argv)
+    return run_script(
+        Config, _train, "Train SAEs inside a language model.", argv, preflight=_preflight
+    )
 
 
 def _train(config: Config) -> None:
     from sparsify.scripts.train_tlens_saes.train import train_saes
 
     train_saes(config)
+
+
+def _preflight(config: Config) -> bool:
+    from sparsify.scripts.train_tlens_saes.preflight import preflight
+
+    return preflight(config)
 
 
 if __name__ == "__main__":

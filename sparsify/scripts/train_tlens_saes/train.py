@@ -3,26 +3,25 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsify.base_config import UserError
-from sparsify.data.config import DataConfig
-from sparsify.data.loader import TokenLoader, build_loader
-from sparsify.data.tokenizers import load_tokenizer
 from sparsify.evaluation.evaluate import evaluate
 from sparsify.evaluation.results import Evaluation
 from sparsify.evaluation.table import format_table
-from sparsify.forward_plan import derive_plan
 from sparsify.losses import total_loss
 from sparsify.model_loading import resolve_device
 from sparsify.runs import Runs
-from sparsify.saved_runs import build_sae_transformer, check_identity, model_identity
+from sparsify.saved_runs import check_identity, model_identity
 from sparsify.scripts.train_tlens_saes.config import Config
+from sparsify.scripts.train_tlens_saes.parts import Parts, open_parts, trained_parameters
 from sparsify.training.cadence import Cadence
 from sparsify.training.checkpoints import load_metadata, weights_path
 from sparsify.training.finite import check_gradient, check_loss, check_weights
@@ -35,23 +34,26 @@ from sparsify.training.memory import (
 )
 from sparsify.training.optimizers import build_adam
 from sparsify.training.plots import plot_training
-from sparsify.training.precision import set_precision
-from sparsify.training.random_state import get_random_state, set_random_state, set_seed
+from sparsify.training.preflight import check_disk_at_start
+from sparsify.training.random_state import get_random_state, set_random_state
 from sparsify.training.resume import (
     Checkpoint,
     checkpoint_to_go_on_from,
     clear_what_came_after,
+    explained_misfit,
     resume_line,
-    save_checkpoint,
 )
 from sparsify.training.run_folder import (
+    METRICS_FILE,
     check_save_dir,
     create_run_folder,
+    held_run_folder,
     write_config,
     write_text,
 )
+from sparsify.training.saver import CheckpointSaver
 from sparsify.training.schedules import build_lr_schedulers
-from sparsify.training.sinks import METRICS_FILE, Sink, open_sinks, report_early_end
+from sparsify.training.sinks import Sink, open_sinks, report_early_end
 from sparsify.training.steps import GradientStepper
 
 KEPT_SETTINGS = (
@@ -72,26 +74,18 @@ KEPT_SETTINGS = (
 class Trainer:
     """One run: its parts, and how many samples it has seen."""
 
-    def __init__(self, config: Config) -> None:
-        set_seed(config.seed)
+    def __init__(self, config: Config, parts: Parts) -> None:
         self.config = config
         self.n_samples = 0
         self.run_dir: Path | None = None
         # Samples trained on by then, and the result, which a resumed run does not have.
         self.last_evaluation: tuple[int | None, Evaluation | None] = (None, None)
-        self.n_samples_saved: int | None = None
         self.device = resolve_device(config.device)
-        self.model = build_sae_transformer(config, self.device)
-        set_precision(self.model, config.mixed_precision)
-        self.plan = derive_plan(self.model.hooked_model, self.model.raw_sae_positions, config.loss)
-        self.loader = self.build_loader(config.train_data)
-        self.eval_batches = self.load_eval_batches()
-        parameters = [p for p in self.model.saes.parameters() if p.requires_grad]
-        if not parameters:
-            raise UserError(
-                "saes.retrain_saes: false leaves nothing to train, since all SAEs come from "
-                "pretrained_sae_paths; set it to true"
-            )
+        self.model, self.plan = parts.model, parts.plan
+        self.loader, self.eval_batches = parts.loader, parts.eval_batches
+        self.held = ExitStack()  # what must be let go at the end
+        self.held.callback(self.loader.close)
+        parameters = trained_parameters(self.model)
         for position in self.model.raw_sae_positions:
             self.model.saes.at(position).row_sparse_grads = True  # which this optimizer takes
         self.firing = FiringWindows(
@@ -109,7 +103,7 @@ class Trainer:
             before_step=self.check_gradient if self.is_watched else None,
         )
 
-    def train(self, sink: Sink, is_interrupted: Callable[[], bool]) -> None:
+    def train(self, sink: Sink, saver: CheckpointSaver, is_interrupted: Callable[[], bool]) -> None:
         """Train until the config's number of samples, the end of the data, or Ctrl-C."""
         cadence = Cadence.from_config(self.config, start=self.n_samples)
         n_batches = self.config.n_batches - self.n_samples // self.config.batch_size
@@ -138,7 +132,7 @@ class Trainer:
             if cadence.evaluate.due(self.n_samples):
                 self.evaluate(sink)
             if is_saved:
-                self.save(sink)
+                self.save(saver)
             if is_interrupted():
                 break
 
@@ -155,19 +149,13 @@ class Trainer:
         self.last_evaluation = (self.n_samples, evaluation)
         return evaluation
 
-    def save(self, sink: Sink) -> None:
-        """Keep the SAEs' weights and what the run needs to go on, once as they are."""
-        if self.n_samples_saved == self.n_samples:
-            return
+    def save(self, saver: CheckpointSaver) -> None:
+        """Keep the SAEs' weights and what the run needs to go on."""
         weights = self.model.saes.state_dict()
         check_weights(weights.values(), self.n_samples)
-        sink.save(weights, self.n_samples)
-        if self.run_dir is not None:
-            state = self.state_dict(self.run_dir)
-            save_checkpoint(self.run_dir, self.n_samples, state, self.config.keep_last)
-        self.n_samples_saved = self.n_samples
+        saver.save(self.n_samples, weights, self.state_dict())
 
-    def state_dict(self, run_dir: Path) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """All that the rest of the run depends on, besides the SAEs' weights."""
         return {
             "stepper": self.stepper.state_dict(),
@@ -175,13 +163,12 @@ class Trainer:
             "firing": self.firing.state_dict(),
             "random": get_random_state(),
             "n_samples_evaluated": self.last_evaluation[0],
-            "metrics_bytes": (run_dir / METRICS_FILE).stat().st_size,
         }
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of the run."""
         self.run_dir, state = checkpoint.run_dir, checkpoint.state
-        self.n_samples = self.n_samples_saved = checkpoint.n_samples
+        self.n_samples = checkpoint.n_samples
         self.last_evaluation = (state["n_samples_evaluated"], None)
         self.model.saes.load_state_dict(checkpoint.weights)
         self.stepper.load_state_dict(state["stepper"])
@@ -203,29 +190,8 @@ class Trainer:
     def estimate_memory(self) -> dict[str, int]:
         """Bytes that a step takes, by what for."""
         n_tokens = self.config.batch_size * self.config.train_data.n_ctx
-        return estimate_memory(self.model, self.plan, n_tokens)
-
-    def build_loader(self, data: DataConfig, num_workers: Literal[0, 1] = 1) -> TokenLoader:
-        """Batches of training or held-out data."""
-        tlens_model: Any = self.model.tlens_model  # its attributes are not declared
-        name, default = data.tokenizer_name, tlens_model.tokenizer
-        return build_loader(
-            data,
-            batch_size=self.config.batch_size,
-            tokenizer=load_tokenizer(name) if name and not data.is_tokenized else default,
-            seed=self.config.seed,
-            d_vocab=tlens_model.cfg.d_vocab,
-            model_n_ctx=tlens_model.cfg.n_ctx,
-            num_workers=num_workers,
-        )
-
-    def load_eval_batches(self) -> list[Tensor]:
-        """The held-out batches, the same for every evaluation."""
-        if self.config.eval_data is None:
-            return []
-        n_batches = -(-self.config.eval_n_samples // self.config.batch_size)
-        loader = self.build_loader(self.config.eval_data, num_workers=0)
-        return [tokens.to(self.device) for tokens in islice(loader, n_batches)]
+        is_saved = self.run_dir is not None
+        return estimate_memory(self.model, self.plan, n_tokens, is_saved=is_saved)
 
 
 def train_saes(config: Config) -> None:
@@ -233,53 +199,66 @@ def train_saes(config: Config) -> None:
     trainer = start(config) if config.resume is None else go_on(config)
     run_dir = trainer.run_dir
     try:
-        with open_sinks(
-            config,
-            run_name=config.run_name(config.default_run_name()),
-            run_dir=run_dir,
-            n_ctx=config.train_data.n_ctx,
-            metadata=model_identity(config),
-            start=trainer.n_samples,
-        ) as sink:
+        with (
+            trainer.held,
+            open_sinks(
+                config,
+                run_name=config.run_name(config.default_run_name()),
+                run_dir=run_dir,
+                n_ctx=config.train_data.n_ctx,
+                start=trainer.n_samples,
+            ) as sink,
+            CheckpointSaver(
+                run_dir, config.keep_last, sink, model_identity(config), trainer.n_samples
+            ) as saver,
+        ):
             memory = trainer.estimate_memory()
             sink.console(format_estimate(memory))
             line = resume_line(run_dir) if run_dir is not None else "nothing was saved"
             with held_interrupt(line) as is_interrupted, explained_out_of_memory(memory):
-                trainer.train(sink, is_interrupted)
-                trainer.save(sink)
+                trainer.train(sink, saver, is_interrupted)
+                saver.finish(partial(trainer.save, saver))
             finish(trainer, sink, run_dir)
     except UserError:
         # Nothing to keep: no step was taken, and no batch put there to be looked at.
         if run_dir is not None and trainer.n_samples == 0 and not any(run_dir.glob("bad_*")):
             shutil.rmtree(run_dir)
         raise
-    finally:
-        trainer.loader.close()
 
 
 def start(config: Config) -> Trainer:
     """A new run, and its folder, which is made once all that the config names has been opened."""
     if config.save_dir is not None:
         check_save_dir(config.save_dir)
-    trainer = Trainer(config)
+    trainer = Trainer(config, open_parts(config))
+    check_disk_at_start(config, trainer.model.saes, trainer.stepper.parameters)
     if config.save_dir is not None:
         run_name = config.run_name(config.default_run_name())
         trainer.run_dir = create_run_folder(config.save_dir, run_name)
+        trainer.held.enter_context(held_run_folder(trainer.run_dir))
         write_config(trainer.run_dir, config)
     return trainer
 
 
 def go_on(config: Config) -> Trainer:
     """The run that `config.resume` means, at its newest checkpoint or the one that is meant."""
-    checkpoint = checkpoint_to_go_on_from(config, KEPT_SETTINGS)
-    weights = weights_path(checkpoint.run_dir, checkpoint.n_samples)
-    check_identity(weights, load_metadata(weights), model_identity(config))
+    checkpoint = find_checkpoint(config)
     # The config that is kept is one from which the whole run can be repeated.
-    trainer = Trainer(config.model_copy(update={"resume": None}))
-    trainer.resume(checkpoint)
+    trainer = Trainer(config.model_copy(update={"resume": None}), open_parts(config))
+    with explained_misfit(checkpoint):
+        trainer.resume(checkpoint)
+    trainer.held.enter_context(held_run_folder(checkpoint.run_dir))
     clear_what_came_after(checkpoint, checkpoint.run_dir / METRICS_FILE)
     write_config(checkpoint.run_dir, trainer.config)
     return trainer
+
+
+def find_checkpoint(config: Config) -> Checkpoint:
+    """What `config.resume` means, if its SAEs belong to the config's model."""
+    checkpoint = checkpoint_to_go_on_from(config, KEPT_SETTINGS)
+    weights = weights_path(checkpoint.run_dir, checkpoint.n_samples)
+    check_identity(weights, load_metadata(weights), model_identity(config))
+    return checkpoint
 
 
 def finish(trainer: Trainer, sink: Sink, run_dir: Path | None) -> None:

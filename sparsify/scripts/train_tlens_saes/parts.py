@@ -1,0 +1,99 @@
+"""The parts of a run: what is opened of all that its config names, before anything is trained."""
+
+from dataclasses import dataclass
+from itertools import islice
+from typing import Literal
+
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from sparsify.base_config import UserError
+from sparsify.data.config import DataConfig
+from sparsify.data.loader import TokenLoader, build_loader
+from sparsify.data.tokenizers import load_tokenizer
+from sparsify.forward_plan import ForwardPlan, derive_plan
+from sparsify.hooked_model import TLensModel
+from sparsify.model_loading import resolve_device
+from sparsify.sae_transformer import SAETransformer
+from sparsify.saved_runs import build_sae_transformer
+from sparsify.scripts.train_tlens_saes.config import Config
+from sparsify.training.compilation import compile_kernels
+from sparsify.training.precision import set_precision
+from sparsify.training.random_state import set_seed
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run works with."""
+
+    model: SAETransformer
+    plan: ForwardPlan
+    loader: TokenLoader
+    eval_batches: list[Tensor]
+    """The same for every evaluation."""
+
+
+def open_parts(config: Config) -> Parts:
+    """The parts that a config names.
+
+    Raises:
+        UserError: One is not there, or they do not suit each other.
+    """
+    set_seed(config.seed)
+    model = build_sae_transformer(config, resolve_device(config.device))
+    set_precision(model, config.mixed_precision)
+    if config.compile:
+        compile_kernels(model)
+    return Parts(
+        model=model,
+        plan=derive_plan(model.hooked_model, model.raw_sae_positions, config.loss),
+        loader=open_data(config, config.train_data, model.tlens_model),
+        eval_batches=load_eval_batches(config, model.tlens_model),
+    )
+
+
+def open_data(
+    config: Config, data: DataConfig, model: TLensModel, num_workers: Literal[0, 1] = 1
+) -> TokenLoader:
+    """Batches of training or held-out data."""
+    return build_loader(
+        data,
+        batch_size=config.batch_size,
+        tokenizer=find_tokenizer(data, model),
+        seed=config.seed,
+        d_vocab=model.cfg.d_vocab,
+        model_n_ctx=model.cfg.n_ctx,
+        num_workers=num_workers,
+    )
+
+
+def find_tokenizer(data: DataConfig, model: TLensModel) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that data name, else the model's own, which it may not have."""
+    if data.tokenizer_name and not data.is_tokenized:
+        return load_tokenizer(data.tokenizer_name)
+    return model.tokenizer
+
+
+def load_eval_batches(config: Config, model: TLensModel) -> list[Tensor]:
+    """The held-out batches, where the model is. Empty if there are no such data."""
+    if config.eval_data is None:
+        return []
+    n_batches = -(-config.eval_n_samples // config.batch_size)
+    loader = open_data(config, config.eval_data, model, num_workers=0)
+    device = resolve_device(config.device)
+    return [tokens.to(device) for tokens in islice(loader, n_batches)]
+
+
+def trained_parameters(model: SAETransformer) -> list[nn.Parameter]:
+    """The SAEs' parameters that are not frozen.
+
+    Raises:
+        UserError: There are none.
+    """
+    parameters = [p for p in model.saes.parameters() if p.requires_grad]
+    if not parameters:
+        raise UserError(
+            "saes.retrain_saes: false leaves nothing to train, since all SAEs come from "
+            "pretrained_sae_paths; set it to true"
+        )
+    return parameters

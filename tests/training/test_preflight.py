@@ -1,0 +1,210 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+from sparsify.base_config import UserError
+from sparsify.data.config import DataConfig
+from sparsify.data.loader import TokenLoader, build_loader
+from sparsify.training import preflight
+from sparsify.training.config import TrainingConfig
+from sparsify.training.preflight import (
+    Check,
+    check_disk,
+    check_disk_at_start,
+    check_long_enough,
+    check_wandb,
+    estimate_disk,
+    run_checks,
+    time_steps,
+)
+
+
+class DiskSpace(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+def refuse() -> str:
+    raise UserError("lr: is odd;\n  set it to 1")
+
+
+def run_out_of_memory() -> str:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ...")
+
+
+def config_of(**settings: Any) -> TrainingConfig:
+    return TrainingConfig.model_validate({"n_samples": 64, "batch_size": 4, "lr": 1.0, **settings})
+
+
+def test_table_goes_on_with_what_does_not_need_what_failed(capsys: pytest.CaptureFixture[str]):
+    checks = [
+        Check("lr", refuse),
+        Check("model", lambda: "has 3 blocks"),
+        Check("step", lambda: pytest.fail("was run"), needs=("model", "lr")),
+        Check("speed", lambda: pytest.fail("was run"), needs=("step",)),
+        Check("memory", run_out_of_memory, needs=("model",)),
+    ]
+    assert not run_checks(checks)
+    assert capsys.readouterr().out.splitlines() == [
+        "✗ lr      lr: is odd;",
+        "            set it to 1",
+        "✓ model   has 3 blocks",
+        "– step    needs lr",
+        "– speed   needs step",
+        "✗ memory  device: out of memory (CUDA out of memory); use a smaller model, dictionary or "
+        "batch",
+        "2 to change, 2 could not be checked",
+    ]
+
+
+def test_table_says_that_all_is_well(capsys: pytest.CaptureFixture[str]):
+    assert run_checks([Check("model", lambda: "has 3 blocks")])
+    assert capsys.readouterr().out == "✓ model  has 3 blocks\nall is well, nothing was trained\n"
+
+
+# Weights & Biases
+
+
+@pytest.mark.parametrize(
+    ("environment", "found"),
+    [
+        ({"WANDB_API_KEY": "k" * 40}, "p: a key is in WANDB_API_KEY; it has not been tried"),
+        ({"WANDB_MODE": "offline"}, "WANDB_MODE=offline: nothing is sent"),
+        ({"NETRC": "FILE"}, "p: a key is in netrc for api.wandb.ai; it has not been tried"),
+        ({}, "wandb_project: 'p' needs a key, and there is none; set WANDB_API_KEY in .env, or"),
+    ],
+)
+def test_wandb_needs_a_key_or_to_be_offline(
+    environment: dict[str, str], found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    file = tmp_path / "netrc"
+    file.write_text(f"machine api.wandb.ai login user password {'k' * 40}\n")
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value.replace("FILE", str(file)))
+    config = config_of(wandb_project="p")
+    if environment:
+        assert check_wandb(config) == found
+    else:
+        with pytest.raises(UserError, match=found):
+            check_wandb(config)
+
+
+def test_without_a_wandb_project_no_key_is_needed():
+    assert check_wandb(config_of()) == "no wandb_project, so nothing is sent"
+
+
+# Length of the data
+
+
+def ten_samples(folder: Path, n_epochs: int | None) -> tuple[DataConfig, TokenLoader]:
+    path = folder / "ten.jsonl"
+    path.write_text("".join(json.dumps({"input_ids": [i, i, i]}) + "\n" for i in range(10)))
+    data = DataConfig(dataset_name=str(path), is_tokenized=True, n_ctx=3, n_epochs=n_epochs)
+    return data, build_loader(data, batch_size=2, tokenizer=None, seed=0, num_workers=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("n_epochs", "n_samples", "found"),
+    [
+        (1, 10, "at least 10 samples of 3 tokens, n_samples 10"),
+        (3, 30, "at least 30 samples of 3 tokens in 3 epochs, n_samples 30"),
+        (None, 99, "repeated without end"),
+        (1, 12, r"holds 10 samples of 3 tokens, less than n_samples \(12\); set .*n_epochs to 2 o"),
+        (2, 32, r"holds 20 samples of 3 tokens in 2 epochs, less than .*n_epochs to 4 or to null"),
+    ],
+)
+def test_training_data_must_be_long_enough(
+    n_epochs: int | None, n_samples: int, found: str, tmp_path: Path
+):
+    data, loader = ten_samples(tmp_path, n_epochs)
+    if n_epochs and 10 * n_epochs < n_samples:
+        with pytest.raises(UserError, match=found):
+            check_long_enough(data, loader, n_samples)
+    else:
+        assert found in check_long_enough(data, loader, n_samples)
+
+
+@pytest.mark.slow
+def test_data_that_take_long_to_count_are_not_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(preflight, "MAX_COUNT_SECONDS", -1)
+    data, loader = ten_samples(tmp_path, 1)
+    assert "at least 10 samples of 3 tokens (counted for" in check_long_enough(data, loader, 99)
+
+
+# Disk
+
+
+@pytest.mark.parametrize(
+    ("settings", "n_samples_done", "first", "whole"),
+    [
+        # A layer of 6 floats takes 24 bytes, and the two tensors of an optimizer twice that.
+        ({}, 0, 24 + 48, 24 + 48),
+        # 64 samples, saved at 16, 32, 48 and 64; two states are kept while a third is written.
+        ({"save_every_n_samples": 16}, 0, 24 + 48, 4 * 24 + 3 * 48),
+        ({"save_every_n_samples": 16, "keep_last": 1}, 32, 24 + 48, 2 * 24 + 2 * 48),
+        # The last one, at 64, is not a multiple of 48.
+        ({"save_every_n_samples": 48, "effective_batch_size": 8}, 0, 24 + 72, 2 * 24 + 2 * 72),
+    ],
+)
+def test_disk_is_that_of_all_weights_and_the_last_states(
+    settings: dict[str, Any], n_samples_done: int, first: int, whole: int
+):
+    layer = nn.Linear(2, 2)
+    use = estimate_disk(config_of(**settings), layer, layer.parameters(), n_samples_done)
+    assert (use.first, use.whole) == (first, whole)
+
+
+def test_a_full_disk_is_refused_and_one_that_will_be_full_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    layer = nn.Linear(1000, 1000)  # 4 MB, and 8 MB for the optimizer
+    weights = list(layer.parameters())
+    config = config_of(save_dir=tmp_path / "a" / "b", save_every_n_samples=16)
+
+    def leave(free_mb: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: DiskSpace(0, 0, free_mb * 10**6))
+
+    leave(100)
+    check_disk_at_start(config, layer, weights)
+    assert check_disk(config, layer, weights, 0) == "4 checkpoints of 40 MB in all; 100 MB free"
+    leave(20)
+    check_disk_at_start(config, layer, weights)
+    warning = (
+        "save_dir: checkpoints of the run would take about 40 MB, but the disk of "
+        f"'{config.save_dir}' has 20 MB free; make room, choose another save_dir, or raise "
+        "save_every_n_samples"
+    )
+    assert capsys.readouterr().err == f"warning: {warning}\n"
+    with pytest.raises(UserError) as caught:
+        check_disk(config, layer, weights, 0)
+    assert str(caught.value) == warning
+    leave(2)
+    with pytest.raises(
+        UserError, match="the first checkpoint of the run would take about 12 MB, but"
+    ):
+        check_disk_at_start(config, layer, weights)
+    check_disk_at_start(config_of(save_dir=None), layer, weights)
+
+
+# Speed
+
+
+def test_hours_are_those_of_the_second_step(monkeypatch: pytest.MonkeyPatch):
+    clock = iter([0.0, 9.0, 11.0])
+    monkeypatch.setattr(preflight.time, "monotonic", lambda: next(clock))
+    found = time_steps(lambda: 0.5, n_batches=4500)
+    assert found.startswith(
+        "loss 0.5; forward and backward 2 s (the first time 9 s), so about 2.5 h"
+    )
