@@ -1,13 +1,16 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from sparsify.forward_plan import derive_plan
+from sparsify.hooked_model import TLENS_HAS_HOOKED_TRANSFORMER
 from sparsify.losses import LossConfig
 from sparsify.sae_transformer import SAETransformer
-from sparsify.scripts.benchmark import floor, measure
+from sparsify.scripts.benchmark import floor, measure, techniques
 from sparsify.scripts.benchmark.reference_step import ReferenceStepper
 from sparsify.scripts.benchmark.run_benchmark import main
 from sparsify.scripts.benchmark.shapes import MODES, SHAPES, TECHNIQUES, Shape
@@ -57,6 +60,30 @@ def test_the_plain_way_gives_the_same(mode: str, name: str, monkeypatch: pytest.
                 stepper.step(tokens)
         weights.append([weight.detach() for weight in model.saes.parameters()])
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_a_step_takes_the_plain_way(name: str, monkeypatch: pytest.MonkeyPatch):
+    if name == "fused-blocks" and not TLENS_HAS_HOOKED_TRANSFORMER:
+        pytest.skip("a bridge has no fused blocks")
+    monkeypatch.setattr("sparsify.kernels.sparse.MIN_DENSE_SIZE", 0)
+    monkeypatch.setattr("sparsify.kernels.sparse.MAX_ACTIVE_SHARE", 1.0)
+    plain_ways = techniques._PLAIN_WAYS[name]
+    taken: set[int] = set()
+
+    def counted(index: int, plain: Callable[..., Any]) -> Callable[..., Any]:
+        def plain_way(*args: Any, **kwargs: Any) -> Any:
+            taken.add(index)
+            return plain(*args, **kwargs)
+
+        return plain_way
+
+    for index, plain_way in enumerate(plain_ways):
+        monkeypatch.setattr(plain_way, "new", counted(index, plain_way.new))
+    with switched_off([name]):
+        stepper = measure.OurStepper(build(), LossConfig.model_validate(SMALL.loss("e2e")))
+        stepper.step(torch.randint(64, (4, 8)))
+    assert taken == set(range(len(plain_ways)))
 
 
 def test_sae_is_as_sparse_as_a_trained_one():
