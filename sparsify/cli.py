@@ -70,6 +70,16 @@ def run_script(
             raise
         print(f"error: {error.filename}: cannot be written ({error.strerror})", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except RuntimeError as error:
+        from sparsify.training.memory import out_of_memory_reason
+
+        if (reason := out_of_memory_reason(error)) is None:
+            raise
+        print(
+            f"error: device: out of memory ({reason}); use a smaller model, dictionary or batch",
+            file=sys.stderr,
+        )
+        return EXIT_BAD_INPUT
     except KeyboardInterrupt as interrupt:
         print("; ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsify.base_config import UserError
+from sparsify.training.run_folder import replace_atomically
 
 REMEDY = "set max_grad_norm and go on from a checkpoint, or start anew with a lower lr"
 
@@ -42,8 +45,10 @@ def check_loss(
     batch = "The batch"
     if run_dir is not None:
         path = run_dir / f"bad_batch_{n_samples}.safetensors"
-        save_file({"tokens": tokens.cpu()}, path)
-        batch = f"The batch, whose tokens are in {path},"
+        with suppress(OSError, SafetensorError), replace_atomically(path) as temporary:
+            save_file({"tokens": tokens.cpu()}, temporary)
+        if path.exists():
+            batch = f"The batch, whose tokens are in {path},"
     blame = "has not been trained on" if is_watched else "or one since the last log line, is why"
     raise UserError(
         f"loss{f'/train/{name}' if name else ''} is {value} after {n_samples} samples. "
@@ -61,7 +66,9 @@ def check_gradient(grad_norm: Tensor, n_samples: int) -> None:
 
 def check_weights(weights: Iterable[Tensor], n_samples: int) -> None:
     """Raise a `UserError` if a weight is not finite; a GPU is waited for."""
-    if not all(bool(torch.isfinite(weight).all()) for weight in weights):
+    values = (weight._values() if weight.is_sparse else weight for weight in weights)
+    if not all(bool(torch.isfinite(value).all()) for value in values):
         raise UserError(
-            f"weights are no longer finite after {n_samples} samples and are not saved; {REMEDY}"
+            f"weights or gradients are no longer finite after {n_samples} samples and are not "
+            f"saved; {REMEDY}"
         )

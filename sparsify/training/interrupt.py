@@ -11,6 +11,30 @@ DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SI
 
 
 @contextmanager
+def interrupt_says(message: str) -> Iterator[None]:
+    """A context that Ctrl-C and SIGTERM leave at once, with a message.
+
+    Raises:
+        KeyboardInterrupt: For either, with `message`.
+    """
+
+    def leave(_: int, __: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    is_main = threading.current_thread() is threading.main_thread()
+    is_ours = is_main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if is_ours:
+        signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(message) from None
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
 def held_interrupt(message: str = "") -> Iterator[Callable[[], bool]]:
     """Hold Ctrl-C and SIGTERM back to the end of the block, which is given a way to ask for them.
 

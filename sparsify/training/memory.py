@@ -150,7 +150,7 @@ def check_memory(terms: dict[str, int], device: str, present: Sequence[str], rem
 
 
 def free_memory(device: str) -> int | None:
-    """Bytes that this process can still take on a device. None: the system does not say."""
+    """Bytes that a device still has for this process, at most. None: the system does not say."""
     if torch.device(device).type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

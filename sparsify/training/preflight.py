@@ -23,6 +23,7 @@ from sparsify.data.loader import TokenLoader
 from sparsify.secrets import redact_secrets
 from sparsify.training.config import TrainingConfig
 from sparsify.training.memory import n_bytes, out_of_memory_reason
+from sparsify.training.resume import folder_to_write_to
 from sparsify.training.run_folder import check_save_dir, existing_parent
 
 MAX_COUNT_SECONDS = 20.0
@@ -89,12 +90,12 @@ def describe_length(config: TrainingConfig) -> str:
     )
 
 
-def check_folder(save_dir: Path | None) -> str:
-    """See that runs can be written to `save_dir`. None: they write no files."""
-    if save_dir is None:
+def check_folder(config: TrainingConfig) -> str:
+    """See that the run can write its files."""
+    if (folder := folder_to_write_to(config)) is None:
         return "null: the run writes no files"
-    check_save_dir(save_dir)
-    return f"{save_dir}: can be written"
+    check_save_dir(folder)
+    return f"{folder}: can be written"
 
 
 def check_wandb(config: TrainingConfig) -> str:
@@ -205,12 +206,12 @@ def check_disk(
     Raises:
         UserError: It has not.
     """
-    if config.save_dir is None:
+    if (folder := folder_to_write_to(config)) is None:
         return "save_dir is null: the run writes no files"
     use = estimate_disk(config, saved, trained, n_samples_done)
-    free = _free_disk(config.save_dir)
+    free = _free_disk(folder)
     if use.whole > free:
-        raise UserError(_disk_is_short(config.save_dir, "checkpoints", use.whole, free))
+        raise UserError(_disk_is_short(folder, "checkpoints", use.whole, free))
     clock = ""
     if config.save_every_minutes is not None:
         clock = f", not counting those of every {config.save_every_minutes:g} minutes"
@@ -221,21 +222,23 @@ def check_disk(
 
 
 def check_disk_at_start(
-    config: TrainingConfig, saved: nn.Module, trained: Iterable[Tensor]
+    config: TrainingConfig, saved: nn.Module, trained: Iterable[Tensor], n_samples_done: int = 0
 ) -> None:
-    """See that the disk has room for a checkpoint, and warn if it has not for all of a new run.
+    """See that the disk has room for a checkpoint, and warn if it has not for all of the run.
+
+    For arguments see `estimate_disk`.
 
     Raises:
         UserError: The first one would not fit.
     """
-    if config.save_dir is None:
+    if (folder := folder_to_write_to(config)) is None:
         return
-    use = estimate_disk(config, saved, trained)
-    free = _free_disk(config.save_dir)
+    use = estimate_disk(config, saved, trained, n_samples_done)
+    free = _free_disk(folder)
     if use.first > free:
-        raise UserError(_disk_is_short(config.save_dir, "the first checkpoint", use.first, free))
+        raise UserError(_disk_is_short(folder, "the next checkpoint", use.first, free))
     if use.whole > free:
-        message = _disk_is_short(config.save_dir, "checkpoints", use.whole, free)
+        message = _disk_is_short(folder, "checkpoints", use.whole, free)
         print(f"warning: {message}", file=sys.stderr)
 
 

@@ -93,11 +93,25 @@ def checkpoint_to_go_on_from(config: TrainingConfig, kept_settings: Iterable[str
     """
     assert config.resume is not None
     checkpoint = load_checkpoint(find_run(config.resume, config.save_dir, type(config)))
-    _check_has_no_links(checkpoint.run_dir)
     for message in checkpoint.damaged:
         print(f"warning: {message}; it is left out", file=sys.stderr)
     check_goes_on(config, checkpoint, kept_settings)
     return checkpoint
+
+
+def folder_to_write_to(config: TrainingConfig) -> Path | None:
+    """The folder of the run that goes on, or where a new one makes its own. None: no files.
+
+    Raises:
+        UserError: `config.resume` means no run, or one that leads out of its folder.
+    """
+    if config.resume is None:
+        return config.save_dir
+    path = find_run(config.resume, config.save_dir, type(config))
+    folder = path.parent if NUMBERED_NAME.fullmatch(path.name) else path
+    if os.path.isdir(folder):  # which is else reported where it is read
+        _check_has_no_links(folder)
+    return folder
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -116,8 +130,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
     for number in numbers if wanted is None else [wanted]:
         try:
             _check_files(run_dir, number)
-            state = load_state(state_path(run_dir, number))
-            weights = load_weights(weights_path(run_dir, number))
         except UserError as error:
             damaged.append(str(error))
         except OSError as error:  # which may pass, so the point is not given up
@@ -125,6 +137,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
                 f"{error.filename}: cannot be read ({error.strerror}); try again"
             ) from None
         else:
+            # They are what was written. If they cannot be read, that may pass too.
+            state = load_state(state_path(run_dir, number))
+            weights = load_weights(weights_path(run_dir, number))
             return Checkpoint(run_dir, number, weights, state, damaged)
     reasons = "".join(f"\n  {message}" for message in damaged)
     if wanted is not None and numbers and wanted not in numbers:
@@ -234,6 +249,12 @@ def _check_has_no_links(run_dir: Path) -> None:
 def clear_what_came_after(checkpoint: Checkpoint, metrics_path: Path) -> None:
     """Put aside what the run will do again, as `abandoned_*`, and cut off metrics logged since."""
     run_dir, n_samples = checkpoint.run_dir, checkpoint.n_samples
+    n_bytes = checkpoint.state.get("metrics_bytes")
+    if not isinstance(n_bytes, int) or n_bytes < 0:
+        raise UserError(
+            f"resume: the state after {n_samples} samples in '{run_dir}' does not say how long "
+            f"{metrics_path.name} was ({n_bytes!r}); start a new run"
+        )
     for name in (MANIFEST_NAME, STATE_NAME, WEIGHTS_NAME):
         for path, number in numbered_files(run_dir, name).items():
             if number > n_samples:
@@ -242,14 +263,16 @@ def clear_what_came_after(checkpoint: Checkpoint, metrics_path: Path) -> None:
     for temporary in run_dir.glob(TEMPORARY_FILES):
         temporary.unlink()
     with metrics_path.open("a+b") as file:
-        if file.tell() > checkpoint.state["metrics_bytes"]:
-            file.truncate(checkpoint.state["metrics_bytes"])
+        if file.tell() < n_bytes:
+            print(f"warning: {metrics_path}: lines of it are missing", file=sys.stderr)
+        else:
+            file.truncate(n_bytes)
 
 
 def resume_line(run_dir: Path) -> str:
     """What to type to go on with a run, as the script was called."""
     program = sys.argv[:1] if sys.argv[0].endswith(".py") else sys.argv[:2]
-    interpreter = ["python"] if sys.argv[0].endswith(".py") else []
+    interpreter = [sys.executable] if sys.argv[0].endswith(".py") else []
     command = [*interpreter, *program, str(run_dir / CONFIG_FILE), "--resume", str(run_dir)]
     return f"go on with: {shlex.join(command)}"
 

@@ -56,11 +56,15 @@ def create_run_folder(save_dir: Path, run_name: str) -> Path:
     check_save_dir(save_dir)
     base = f"{run_name}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
     n_taken = 0
+    try:
+        save_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(save_dir, error) from None
     while True:
         # Two runs may start in the same second.
         folder = save_dir / (f"{base}_{n_taken}" if n_taken else base)
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir()
         except FileExistsError:
             n_taken += 1
         except OSError as error:
@@ -73,17 +77,21 @@ def create_run_folder(save_dir: Path, run_name: str) -> Path:
 def held_run_folder(run_dir: Path | None) -> Iterator[None]:
     """Keep other processes from training in `run_dir` until the block ends, or the process.
 
-    Does nothing where there is no folder, and on Windows.
+    Does nothing where there is no folder, which others report, and on Windows.
 
     Raises:
         UserError: Another process holds it.
     """
-    if run_dir is None or os.name == "nt":
+    if run_dir is None or not os.path.isdir(run_dir) or os.name == "nt":
         yield
         return
     import fcntl
 
-    with (run_dir / LOCK_FILE).open("w") as file:
+    try:
+        file = (run_dir / LOCK_FILE).open("w")
+    except OSError as error:
+        raise _cannot_write(run_dir, error) from None
+    with file:
         try:
             # Of the process: a data worker that outlives a killed one does not hold it.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,6 +1,5 @@
 """Checkpoints that are written while training goes on, from a copy in memory."""
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -9,10 +8,10 @@ from types import TracebackType
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from sparsify.base_config import UserError
 from sparsify.training.checkpoints import numbered_files, save_weights
+from sparsify.training.console import say
 from sparsify.training.resume import MANIFEST_NAME, resume_line, save_checkpoint
 from sparsify.training.run_folder import METRICS_FILE
 from sparsify.training.sinks import Sink
@@ -121,21 +120,22 @@ class CheckpointSaver:
         self, run_dir: Path, n_samples: int, weights: dict[str, Tensor], state: dict[str, Any]
     ) -> None:
         try:
-            path = save_weights(run_dir, weights, n_samples, self.metadata)
-            save_checkpoint(run_dir, n_samples, state, self.keep_last)
-            self.sink.saved(path)
-        except OSError as error:
-            self._fail(error)
+            try:
+                path = save_weights(run_dir, weights, n_samples, self.metadata)
+                save_checkpoint(run_dir, n_samples, state, self.keep_last)
+            except OSError as error:
+                self._fail(error)
+            else:
+                self.sink.saved(path)
         except Exception as error:  # noqa: BLE001  (raised again where it is seen)
             self._bug = error
 
     def _fail(self, error: OSError) -> None:
-        tqdm.write(
-            f"warning: save_dir: the checkpoint after {self.n_samples} samples cannot be written "
-            f"to '{self.run_dir}' ({error.strerror}); the next save tries again",
-            file=sys.stderr,
+        n_samples, self.n_samples, self._error = self.n_samples, None, error
+        say(
+            f"warning: save_dir: the checkpoint after {n_samples} samples cannot be written to "
+            f"'{self.run_dir}' ({error.strerror}); the next save tries again"
         )
-        self.n_samples, self._error = None, error
 
     def _wait(self) -> None:
         if self._thread is not None:

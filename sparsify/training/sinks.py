@@ -6,15 +6,13 @@ To report to another service, write a sink here and open it in `open_sinks`.
 import json
 import math
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from tqdm import tqdm
-
 from sparsify.training.config import TrainingConfig
+from sparsify.training.console import say
 from sparsify.training.run_folder import METRICS_FILE
 from sparsify.training.terminal_sink import TerminalSink
 from sparsify.training.wandb_sink import WandbSink
@@ -133,10 +131,9 @@ class RunFolderSink(NullSink):
             self._write()
         except OSError as error:
             if not self._is_warned:
-                tqdm.write(
+                say(
                     f"warning: save_dir: metrics cannot be written to '{self._file.name}' "
-                    f"({error.strerror}) and are {fate}",
-                    file=sys.stderr,
+                    f"({error.strerror}) and are {fate}"
                 )
             self._is_warned = True
 

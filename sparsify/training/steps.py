@@ -64,7 +64,7 @@ class GradientStepper:
         self._n_batches_in_step += 1
         if self._n_batches_in_step < self.n_accumulation_steps:
             return None
-        grads = [p.grad for p in self.parameters if p.grad is not None]
+        grads = self.gradients()
         values = [grad.values() if grad.is_sparse else grad for grad in grads]
         grad_norm = get_total_norm(values)
         if self.before_step is not None:
@@ -82,6 +82,10 @@ class GradientStepper:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         return grad_norm
+
+    def gradients(self) -> list[Tensor]:
+        """Those that are there: of the batches of a step that is not full yet."""
+        return [p.grad for p in self.parameters if p.grad is not None]
 
     def state_dict(self) -> dict[str, Any]:
         """What the next steps depend on besides the parameters, in plain containers."""

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from sparsify.training.console import say
+
 SECONDS_BETWEEN_LINES = 10.0
 
 # What people watch: a label and the metrics whose mean it shows.
@@ -66,7 +68,7 @@ class TerminalSink:
 
     def console(self, text: str) -> None:
         """Print, above the progress bar if there is one."""
-        tqdm.write(text, file=sys.stderr)
+        say(text)
 
     def flush(self) -> None:
         """Do nothing: it has been shown."""

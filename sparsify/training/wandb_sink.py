@@ -7,17 +7,15 @@ mend, and can at once, is an error at the start.
 
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from sparsify.base_config import UserError
 from sparsify.secrets import REDACTED, one_line, secrets_of_environment
 from sparsify.training.config import TrainingConfig
+from sparsify.training.console import say
 from sparsify.training.run_folder import CONFIG_FILE
 
 if TYPE_CHECKING:
@@ -197,5 +195,4 @@ def _sync_dir(run: "Run") -> str:
 
 
 def _warn(text: str) -> None:
-    # As the terminal's sink does, above its progress bar.
-    tqdm.write(f"warning: wandb_project: {text}", file=sys.stderr)
+    say(f"warning: wandb_project: {text}")

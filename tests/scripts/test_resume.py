@@ -105,7 +105,7 @@ def test_sigterm_prints_the_line_that_goes_on(
     last_line = capsys.readouterr().err.splitlines()[-1]
     said, _, command = last_line.partition("go on with: ")
     assert said == "interrupted; "
-    assert shlex.split(command)[:2] == ["python", "run_train_tlens_saes.py"]
+    assert shlex.split(command)[:2] == [sys.executable, "run_train_tlens_saes.py"]
     assert main(shlex.split(command)[2:]) == 0
     assert_same_end(run_dir, whole)
 

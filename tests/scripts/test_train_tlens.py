@@ -168,3 +168,25 @@ def test_bits_per_byte_matches_hand_computation():
     loss = TextLoss.from_nats(8 * np.log(2), targets, torch.tensor([3, 5]))
     assert loss.bits_per_byte == pytest.approx(1)
     assert loss.nats_per_token == pytest.approx(4 * np.log(2))
+
+
+def test_weights_that_are_not_finite_are_not_saved(
+    lm_config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = write_yaml(tmp_path / "config.yaml", lm_config)
+    command = [
+        str(config),
+        "--save_dir",
+        str(tmp_path / "out"),
+        "--lr",
+        "1e38",
+        "--adam_lr",
+        "1e38",
+    ]
+    assert main(command) == 2
+    assert re.search(
+        r"error: (loss|grad_norm|weights or gradients) .*after \d+ samples", capsys.readouterr().err
+    )
+    (run_dir,) = (tmp_path / "out").iterdir()
+    for path in run_dir.glob("samples_*"):
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values())

@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import pytest
@@ -47,5 +48,15 @@ def test_finite_numbers_pass(tmp_path: Path):
 def test_gradients_and_weights_that_are_not_finite_are_refused(value: float):
     with pytest.raises(UserError, match=r"^grad_norm is (nan|inf) after 40 samples, before the"):
         check_gradient(torch.tensor(value), 40)
-    with pytest.raises(UserError, match=r"^weights are no longer finite after 40 samples and are"):
+    with pytest.raises(
+        UserError, match=r"^weights or gradients are no longer finite after 40 samples and are"
+    ):
         check_weights([torch.ones(2), torch.tensor([1.0, value])], 40)
+
+
+def test_gradients_of_half_a_step_are_looked_at():
+    gradient = torch.sparse_coo_tensor(
+        torch.tensor([[1]]), torch.tensor([[math.inf]]), (3, 1), check_invariants=True
+    )
+    with pytest.raises(UserError, match=r"^weights or gradients are no longer finite after 8 samp"):
+        check_weights([torch.ones(2), gradient], 8)

@@ -2,7 +2,7 @@ import signal
 
 import pytest
 
-from sparsify.training.interrupt import held_interrupt
+from sparsify.training.interrupt import held_interrupt, interrupt_says
 
 pytestmark = pytest.mark.fault
 
@@ -45,3 +45,10 @@ def test_signals_that_do_something_already_are_left_alone():
     finally:
         signal.signal(signal.SIGTERM, before)
     assert seen == [signal.SIGTERM]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_at_once_has_its_message(number: int):
+    with pytest.raises(KeyboardInterrupt, match="go on so"), interrupt_says("go on so"):
+        signal.raise_signal(number)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -192,7 +192,7 @@ def test_a_full_disk_is_refused_and_one_that_will_be_full_warned_of(
     assert str(caught.value) == warning
     leave(2)
     with pytest.raises(
-        UserError, match="the first checkpoint of the run would take about 12 MB, but"
+        UserError, match="the next checkpoint of the run would take about 12 MB, but"
     ):
         check_disk_at_start(config, layer, weights)
     check_disk_at_start(config_of(save_dir=None), layer, weights)

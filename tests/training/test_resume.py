@@ -156,3 +156,29 @@ def test_what_came_after_is_put_aside(run_dir: Path):
 def test_there_must_be_a_folder(tmp_path: Path):
     with pytest.raises(UserError, match=r"^resume: there is no folder '.*no'; give the folder of"):
         load_checkpoint(tmp_path / "no")
+
+
+def test_what_cannot_be_read_now_is_not_given_up(run_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(path: Path, **_: object) -> None:
+        raise RuntimeError("can't allocate memory: you tried to allocate 8 bytes")
+
+    monkeypatch.setattr("torch.load", fail)
+    with pytest.raises(UserError, match=r"state_100\.pt: .*can't allocate memory"):
+        load_checkpoint(run_dir)
+
+
+@pytest.mark.parametrize("n_bytes", [None, -5, "a"])
+def test_a_state_without_the_length_of_the_metrics_moves_nothing(n_bytes: object, run_dir: Path):
+    before = names(run_dir)
+    checkpoint = Checkpoint(run_dir, 8, {}, {"metrics_bytes": n_bytes}, [])
+    with pytest.raises(UserError, match=r"does not say how long metrics.jsonl was"):
+        clear_what_came_after(checkpoint, run_dir / "metrics.jsonl")
+    assert names(run_dir) == before
+
+
+def test_missing_lines_of_metrics_are_told(run_dir: Path, capsys: pytest.CaptureFixture[str]):
+    metrics = run_dir / "metrics.jsonl"
+    metrics.write_text("12345")
+    clear_what_came_after(Checkpoint(run_dir, 8, {}, {"metrics_bytes": 99}, []), metrics)
+    assert capsys.readouterr().err == f"warning: {metrics}: lines of it are missing\n"
+    assert metrics.read_text() == "12345"

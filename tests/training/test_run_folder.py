@@ -76,3 +76,9 @@ def test_a_folder_is_held_by_one_process(tmp_path: Path):
         process.kill()
     with held_run_folder(tmp_path):
         pass
+
+
+def test_a_link_to_nowhere_is_no_folder_to_write_to(tmp_path: Path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"^save_dir: cannot write to '.*link' \(File exists\)"):
+        create_run_folder(tmp_path / "link", "run")

@@ -1,3 +1,5 @@
+import errno
+import io
 import resource
 import threading
 from collections.abc import Iterator
@@ -182,3 +184,32 @@ def test_no_checkpoint_counts_whose_metrics_are_not_there(
     n_bytes = (tmp_path / "metrics.jsonl").stat().st_size
     assert load_checkpoint(tmp_path).state == {"metrics_bytes": n_bytes}
     assert "the checkpoint after 8 samples cannot be written" in capsys.readouterr().err
+
+
+def test_a_log_on_the_full_disk_does_not_hide_the_failure(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class _FullLog(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sys.stderr", _FullLog())
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    with (
+        file_size_limit(2000),
+        CheckpointSaver(run_dir, 2, NullSink()) as saver,
+        pytest.raises(UserError, match="could not be saved"),
+    ):
+        saver.finish(partial(saver.save, 8, WEIGHTS, {}))
+
+
+def test_a_sink_that_fails_is_not_taken_for_a_full_disk(run_dir: Path):
+    class _BrokenSink(NullSink):
+        def saved(self, path: Path) -> None:
+            raise BrokenPipeError
+
+    with CheckpointSaver(run_dir, 2, _BrokenSink()) as saver:
+        with pytest.raises(BrokenPipeError):
+            saver.finish(partial(saver.save, 8, WEIGHTS, {}))
+        saver._bug = None
+    assert load_checkpoint(run_dir).n_samples == 8

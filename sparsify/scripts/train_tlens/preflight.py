@@ -35,7 +35,7 @@ def preflight(config: Config) -> bool:
     resume = () if config.resume is None else ("resume",)  # which brings its tokenizer
     checks = [
         Check("config", lambda: describe_length(config)),
-        Check("save_dir", lambda: check_folder(config.save_dir)),
+        Check("save_dir", lambda: check_folder(config)),
         Check("wandb", lambda: check_wandb(config)),
         Check("model", parts.check_model),
         Check("resume", parts.check_resume, needs=("model",)),

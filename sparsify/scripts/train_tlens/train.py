@@ -24,7 +24,8 @@ from sparsify.scripts.train_tlens.config import Config
 from sparsify.scripts.train_tlens.evaluation import TextLoss, bytes_per_token, text_loss
 from sparsify.scripts.train_tlens.trigram import TrigramModel
 from sparsify.training.cadence import Cadence
-from sparsify.training.interrupt import held_interrupt
+from sparsify.training.finite import check_gradient, check_loss, check_weights
+from sparsify.training.interrupt import held_interrupt, interrupt_says
 from sparsify.training.optimizers import build_muon
 from sparsify.training.preflight import check_disk_at_start
 from sparsify.training.random_state import get_random_state, set_random_state, set_seed
@@ -33,6 +34,7 @@ from sparsify.training.resume import (
     checkpoint_to_go_on_from,
     clear_what_came_after,
     explained_misfit,
+    folder_to_write_to,
     resume_line,
 )
 from sparsify.training.run_folder import (
@@ -82,6 +84,7 @@ class Trainer:
             build_lr_schedulers(optimizers, config),
             n_accumulation_steps=config.n_accumulation_steps,
             max_grad_norm=config.max_grad_norm,
+            before_step=lambda grad_norm: check_gradient(grad_norm, self.n_samples),
         )
 
     def train(self, sink: Sink, saver: CheckpointSaver, is_interrupted: Callable[[], bool]) -> None:
@@ -90,6 +93,7 @@ class Trainer:
         n_batches = self.config.n_batches - self.n_samples // self.config.batch_size
         for tokens in islice(self.loader, n_batches):
             loss = next_token_loss(self.model, tokens)
+            check_loss(loss, {}, tokens, self.n_samples, saver.run_dir, is_watched=True)
             self.stepper.backward(loss)
             self.n_samples += len(tokens)
 
@@ -109,12 +113,14 @@ class Trainer:
 
     def save(self, saver: CheckpointSaver) -> None:
         """Write the weights, and what the run needs to go on."""
+        weights = self.model.state_dict()
+        check_weights([*weights.values(), *self.stepper.gradients()], self.n_samples)
         state = {
             "stepper": self.stepper.state_dict(),
             "loader": self.loader.state_dict(),
             "random": get_random_state(),
         }
-        saver.save(self.n_samples, self.model.state_dict(), state)
+        saver.save(self.n_samples, weights, state)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of the run."""
@@ -143,7 +149,8 @@ def train_language_model(config: Config) -> None:
         with held_interrupt(resume_line(run_dir)) as is_interrupted:
             trainer.train(sink, saver, is_interrupted)
             saver.finish(partial(trainer.save, saver))
-        finish(trainer, sink, run_dir / MODEL_FOLDER)
+        with interrupt_says(resume_line(run_dir)):
+            finish(trainer, sink, run_dir / MODEL_FOLDER)
 
 
 def start(config: Config) -> tuple[Trainer, Path]:
@@ -160,15 +167,19 @@ def start(config: Config) -> tuple[Trainer, Path]:
 
 def go_on(config: Config) -> tuple[Trainer, Path]:
     """The run that `config.resume` means, at its newest checkpoint or the one that is meant."""
-    checkpoint = checkpoint_to_go_on_from(config, KEPT_SETTINGS)
-    run_dir = checkpoint.run_dir
-    # The config that is kept is one from which the whole run can be repeated.
-    whole_run = config.model_copy(update={"resume": None})
-    trainer = Trainer(whole_run, load_tokenizer(str(run_dir / MODEL_FOLDER)))
-    with explained_misfit(checkpoint):
-        trainer.resume(checkpoint)
-    trainer.held.enter_context(held_run_folder(run_dir))
-    clear_what_came_after(checkpoint, run_dir / METRICS_FILE)
+    with ExitStack() as held:
+        held.enter_context(held_run_folder(folder_to_write_to(config)))
+        checkpoint = checkpoint_to_go_on_from(config, KEPT_SETTINGS)
+        run_dir = checkpoint.run_dir
+        # The config that is kept is one from which the whole run can be repeated.
+        whole_run = config.model_copy(update={"resume": None})
+        trainer = Trainer(whole_run, load_tokenizer(str(run_dir / MODEL_FOLDER)))
+        with explained_misfit(checkpoint):
+            trainer.resume(checkpoint)
+        saved, trained = trainer.model, trainer.stepper.parameters
+        check_disk_at_start(config, saved, trained, checkpoint.n_samples)
+        clear_what_came_after(checkpoint, run_dir / METRICS_FILE)
+        trainer.held.push(held.pop_all())
     return trainer, run_dir
 
 

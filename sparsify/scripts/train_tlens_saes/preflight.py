@@ -39,7 +39,7 @@ def preflight(config: Config) -> bool:
     resume = () if config.resume is None else ("resume",)
     checks = [
         Check("config", lambda: describe_length(config)),
-        Check("save_dir", lambda: check_folder(config.save_dir)),
+        Check("save_dir", lambda: check_folder(config)),
         Check("wandb", lambda: check_wandb(config)),
         Check("model", parts.check_model),
         Check("SAEs", parts.check_saes, needs=("model",)),

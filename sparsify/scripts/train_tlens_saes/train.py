@@ -26,7 +26,7 @@ from sparsify.training.cadence import Cadence
 from sparsify.training.checkpoints import load_metadata, weights_path
 from sparsify.training.finite import check_gradient, check_loss, check_weights
 from sparsify.training.firing_windows import FiringWindows
-from sparsify.training.interrupt import held_interrupt
+from sparsify.training.interrupt import held_interrupt, interrupt_says
 from sparsify.training.memory import (
     estimate_memory,
     explained_out_of_memory,
@@ -41,6 +41,7 @@ from sparsify.training.resume import (
     checkpoint_to_go_on_from,
     clear_what_came_after,
     explained_misfit,
+    folder_to_write_to,
     resume_line,
 )
 from sparsify.training.run_folder import (
@@ -152,7 +153,7 @@ class Trainer:
     def save(self, saver: CheckpointSaver) -> None:
         """Keep the SAEs' weights and what the run needs to go on."""
         weights = self.model.saes.state_dict()
-        check_weights(weights.values(), self.n_samples)
+        check_weights([*weights.values(), *self.stepper.gradients()], self.n_samples)
         saver.save(self.n_samples, weights, self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
@@ -218,7 +219,8 @@ def train_saes(config: Config) -> None:
             with held_interrupt(line) as is_interrupted, explained_out_of_memory(memory):
                 trainer.train(sink, saver, is_interrupted)
                 saver.finish(partial(trainer.save, saver))
-            finish(trainer, sink, run_dir)
+            with interrupt_says(line), explained_out_of_memory(memory):
+                finish(trainer, sink, run_dir)
     except UserError:
         # Nothing to keep: no step was taken, and no batch put there to be looked at.
         if run_dir is not None and trainer.n_samples == 0 and not any(run_dir.glob("bad_*")):
@@ -242,14 +244,18 @@ def start(config: Config) -> Trainer:
 
 def go_on(config: Config) -> Trainer:
     """The run that `config.resume` means, at its newest checkpoint or the one that is meant."""
-    checkpoint = find_checkpoint(config)
-    # The config that is kept is one from which the whole run can be repeated.
-    trainer = Trainer(config.model_copy(update={"resume": None}), open_parts(config))
-    with explained_misfit(checkpoint):
-        trainer.resume(checkpoint)
-    trainer.held.enter_context(held_run_folder(checkpoint.run_dir))
-    clear_what_came_after(checkpoint, checkpoint.run_dir / METRICS_FILE)
-    write_config(checkpoint.run_dir, trainer.config)
+    with ExitStack() as held:
+        held.enter_context(held_run_folder(folder_to_write_to(config)))
+        checkpoint = find_checkpoint(config)
+        # The config that is kept is one from which the whole run can be repeated.
+        trainer = Trainer(config.model_copy(update={"resume": None}), open_parts(config))
+        with explained_misfit(checkpoint):
+            trainer.resume(checkpoint)
+        saved, trained = trainer.model.saes, trainer.stepper.parameters
+        check_disk_at_start(config, saved, trained, checkpoint.n_samples)
+        clear_what_came_after(checkpoint, checkpoint.run_dir / METRICS_FILE)
+        write_config(checkpoint.run_dir, trainer.config)
+        trainer.held.push(held.pop_all())
     return trainer
 
 
