@@ -82,6 +82,15 @@ def _outcome(check: Check) -> tuple[str, str]:
         return "✗", f"device: out of memory ({reason}); use a smaller model, dictionary or batch"
 
 
+def common_checks(config: TrainingConfig) -> list[Check]:
+    """Those that need nothing but the config, and come first in every script."""
+    return [
+        Check("config", lambda: describe_length(config)),
+        Check("save_dir", lambda: check_folder(config)),
+        Check("wandb", lambda: check_wandb(config)),
+    ]
+
+
 def describe_length(config: TrainingConfig) -> str:
     """How long the run is. A config that is not valid has been refused before."""
     return (
@@ -254,13 +263,15 @@ def _disk_is_short(save_dir: Path, what: str, size: int, free: int) -> str:
     )
 
 
-def time_steps(step: Callable[[], float], n_batches: int) -> str:
+def time_steps(step: Callable[[], float], config: TrainingConfig, n_samples_done: int) -> str:
     """Take two steps, of which the first is slower, and say what the second means for the run.
 
     Args:
         step: A batch forward and backward; returns the loss, and waits until it is known.
-        n_batches: Batches that are left of the run.
+        config: How many batches the run has.
+        n_samples_done: Samples trained on before, in a run that goes on.
     """
+    n_batches = config.n_batches - n_samples_done // config.batch_size
     start = time.monotonic()
     step()
     middle = time.monotonic()

@@ -31,6 +31,17 @@ def assert_same_end(run_dir: Path, whole: Path, *, may_lack_weights: bool = Fals
         )
 
 
+def run_in_one_piece(content: dict[str, Any], folder: Path) -> Path:
+    """Folder of a run that trains SAEs and is not stopped."""
+    from sparsify.scripts.train_tlens_saes.run_train_tlens_saes import main
+
+    folder.mkdir(exist_ok=True)
+    config = write_yaml(folder / "config.yaml", {**content, "save_dir": str(folder / "out")})
+    assert main([str(config)]) == 0
+    (run_dir,) = (folder / "out").iterdir()
+    return run_dir
+
+
 @pytest.fixture(scope="session")
 def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")

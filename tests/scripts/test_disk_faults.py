@@ -18,7 +18,7 @@ from sparsify.scripts.train_tlens_saes.run_train_tlens_saes import main
 from sparsify.training.resume import load_checkpoint
 from sparsify.training.saver import CheckpointSaver
 
-from .conftest import assert_same_end, write_yaml
+from .conftest import assert_same_end, run_in_one_piece, write_yaml
 
 pytestmark = [pytest.mark.fault, pytest.mark.slow, pytest.mark.model]
 
@@ -30,11 +30,7 @@ def content(sae_settings: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def whole(content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("whole")
-    config = write_yaml(folder / "config.yaml", {**content, "save_dir": str(folder / "out")})
-    assert main([str(config)]) == 0
-    (run_dir,) = (folder / "out").iterdir()
-    return run_dir
+    return run_in_one_piece(content, tmp_path_factory.mktemp("whole"))
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from sparsify.scripts.train_tlens_saes import train
 from sparsify.scripts.train_tlens_saes.run_train_tlens_saes import main
 from sparsify.training.resume import load_checkpoint
 
-from .conftest import assert_same_end, write_yaml
+from .conftest import assert_same_end, run_in_one_piece, write_yaml
 
 pytestmark = [pytest.mark.fault, pytest.mark.slow, pytest.mark.model]
 
@@ -47,14 +47,6 @@ def config(content: dict[str, Any], tmp_path: Path) -> Path:
 def whole(content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run in one piece."""
     return run_in_one_piece(content, tmp_path_factory.mktemp("whole"))
-
-
-def run_in_one_piece(content: dict[str, Any], folder: Path) -> Path:
-    folder.mkdir(exist_ok=True)
-    config = write_yaml(folder / "config.yaml", {**content, "save_dir": str(folder / "out")})
-    assert main([str(config)]) == 0
-    (run_dir,) = (folder / "out").iterdir()
-    return run_dir
 
 
 def stop_in_batch(index: int, config: Path, signal_number: int = signal.SIGINT) -> Path:

@@ -204,7 +204,8 @@ def test_a_full_disk_is_refused_and_one_that_will_be_full_warned_of(
 def test_hours_are_those_of_the_second_step(monkeypatch: pytest.MonkeyPatch):
     clock = iter([0.0, 9.0, 11.0])
     monkeypatch.setattr(preflight.time, "monotonic", lambda: next(clock))
-    found = time_steps(lambda: 0.5, n_batches=4500)
+    config = TrainingConfig(n_samples=9100, batch_size=2, lr=1.0)
+    found = time_steps(lambda: 0.5, config, n_samples_done=100)
     assert found.startswith(
         "loss 0.5; forward and backward 2 s (the first time 9 s), so about 2.5 h"
     )

@@ -16,10 +16,8 @@ from sparsify.training.memory import check_memory, n_bytes
 from sparsify.training.preflight import (
     Check,
     check_disk,
-    check_folder,
     check_long_enough,
-    check_wandb,
-    describe_length,
+    common_checks,
     run_checks,
     time_steps,
 )
@@ -34,9 +32,7 @@ def preflight(config: Config) -> bool:
     parts = _CheckedParts(config)
     resume = () if config.resume is None else ("resume",)  # which brings its tokenizer
     checks = [
-        Check("config", lambda: describe_length(config)),
-        Check("save_dir", lambda: check_folder(config)),
-        Check("wandb", lambda: check_wandb(config)),
+        *common_checks(config),
         Check("model", parts.check_model),
         Check("resume", parts.check_resume, needs=("model",)),
         Check("tokenizer", parts.check_tokenizer, needs=resume),
@@ -131,5 +127,4 @@ class _CheckedParts:
             self.model.zero_grad()
             return loss.item()
 
-        n_left = self.config.n_batches - self.n_samples_done // self.config.batch_size
-        return time_steps(step, n_left)
+        return time_steps(step, self.config, self.n_samples_done)

@@ -21,10 +21,8 @@ from sparsify.training.precision import set_precision
 from sparsify.training.preflight import (
     Check,
     check_disk,
-    check_folder,
     check_long_enough,
-    check_wandb,
-    describe_length,
+    common_checks,
     run_checks,
     time_steps,
 )
@@ -38,9 +36,7 @@ def preflight(config: Config) -> bool:
     parts = _CheckedParts(config)
     resume = () if config.resume is None else ("resume",)
     checks = [
-        Check("config", lambda: describe_length(config)),
-        Check("save_dir", lambda: check_folder(config)),
-        Check("wandb", lambda: check_wandb(config)),
+        *common_checks(config),
         Check("model", parts.check_model),
         Check("SAEs", parts.check_saes, needs=("model",)),
         Check("loss", parts.check_plan, needs=("SAEs",)),
@@ -149,6 +145,5 @@ class _CheckedParts:
             trainer.model.zero_grad()
             return loss.item()
 
-        n_left = self.config.n_batches - self.n_samples_done // self.config.batch_size
         with explained_out_of_memory(self.memory):
-            return time_steps(step, n_left)
+            return time_steps(step, self.config, self.n_samples_done)
