@@ -118,6 +118,10 @@ SETTINGS: dict[str, tuple[Mapping[str, Any], str]] = {
         {"eval_data": None, "eval_every_n_samples": 8},
         "eval_every_n_samples (8) needs eval_data, which is null",
     ),
+    "compile without a KL": (
+        {"compile": True, "loss.logits_kl": None, "loss.out_to_in": {"coeff": 1.0}},
+        "compile: true has no effect without loss.logits_kl, whose kernel it compiles; remove it",
+    ),
     "count without a period": (
         {"act_frequency_n_tokens": 3},
         "act_frequency_n_tokens (3) has no effect while collect_act_frequency_every_n_samples is",

@@ -55,6 +55,15 @@ class Config(SAETransformerConfig, TrainingConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _there_is_something_to_compile(self) -> Self:
+        if self.compile and self.loss.logits_kl is None:
+            raise ValueError(
+                "compile: true has no effect without loss.logits_kl, whose kernel it compiles; "
+                "remove it"
+            )
+        return self
+
     def default_run_name(self) -> str:
         """A name made from the settings that matter."""
         kind = "local"
