@@ -53,7 +53,7 @@ class BaseConfig(BaseModel):
             return handler(data)
         known = {key: value for key, value in data.items() if key in cls.model_fields}
         problems = [
-            _problem("unknown_key", f"unknown key {nearest(str(key), cls.model_fields)}", (), data)
+            _problem("unknown_key", cls.unknown_key_message(str(key)), (), data)
             for key in data
             if key not in known
         ]
@@ -73,6 +73,11 @@ class BaseConfig(BaseModel):
             ]
         raise ValidationError.from_exception_data(cls.__name__, problems)
 
+    @classmethod
+    def unknown_key_message(cls, key: str) -> str:
+        """What is said of a key that is no field."""
+        return f"unknown key {nearest(key, cls.model_fields)}"
+
 
 Name = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(gt=0, lt=2**63)]
@@ -88,6 +93,9 @@ def listed(value: object) -> object:
 
 
 AnyConfig = TypeVar("AnyConfig", bound=BaseConfig)
+
+TAG_MARK = "="
+"""Begins the tags of the members of a union, which are no part of a setting's name."""
 
 _MAX_SHOWN = 300
 
@@ -148,7 +156,8 @@ def validate_config(config_class: type[AnyConfig], content: object, source: str)
 
 
 def _describe(problem: Mapping[str, Any]) -> str:
-    place = ".".join(str(part) for part in problem["loc"])
+    parts = [str(part) for part in problem["loc"]]
+    place = ".".join(part for part in parts if not part.startswith(TAG_MARK))
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "missing":
         return f"  {place}: is required and has no default; set it"

@@ -1,22 +1,30 @@
 """Settings of an `SAETransformer`: which model, and which SAEs in it."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
-from pydantic import BeforeValidator, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Tag, field_validator, model_validator
 
-from sparsify.base_config import BaseConfig, Name, PositiveFinite, listed
-from sparsify.saes.config import ReLUSAEConfig, SAEConfig
+from sparsify.base_config import TAG_MARK, BaseConfig, Name, listed, nearest
+from sparsify.saes.config import (
+    BatchTopKSAEConfig,
+    CodebookSAEConfig,
+    GatedSAEConfig,
+    JumpReLUSAEConfig,
+    MatryoshkaSAEConfig,
+    ReLUSAEConfig,
+    ReLUTiedBiasSAEConfig,
+    TopKSAEConfig,
+    TranscoderConfig,
+)
 
 
-class SAEsConfig(BaseConfig):
-    """Where SAEs sit, how large they are, and what they start from."""
+class SAEPlacement(BaseConfig):
+    """Where SAEs sit, and what they start from."""
 
     sae_positions: Annotated[list[str], BeforeValidator(listed)]
     """Hook points: full names, or runs of their dotted parts (`hook_resid_pre` is that of every
-    block, `blocks.1` never means block 10)."""
-    dict_size_to_input_ratio: PositiveFinite
-    """Dictionary elements per dimension of the activation."""
+    block, `blocks.1` never means block 10). A transcoder writes there."""
     pretrained_sae_paths: Annotated[list[Path] | None, BeforeValidator(listed)] = None
     """Checkpoints whose SAEs to start from. null: all SAEs are new."""
     retrain_saes: bool = False
@@ -39,10 +47,82 @@ class SAEsConfig(BaseConfig):
             )
         return self
 
-    @property
-    def sae(self) -> SAEConfig:
-        """Config of each SAE."""
-        return ReLUSAEConfig(dict_size_to_input_ratio=self.dict_size_to_input_ratio)
+    @classmethod
+    def unknown_key_message(cls, key: str) -> str:
+        """That a setting belongs to other kinds, if it does."""
+        others = [name for name, other in PLACED.items() if key in other.model_fields]
+        if not others:
+            return super().unknown_key_message(key)
+        own = cls.model_fields["kind"].default
+        return (
+            f"'{key}' belongs to kind {', '.join(others)}, not to '{own}'; remove it, or set kind"
+        )
+
+
+class ReLUSAEs(ReLUSAEConfig, SAEPlacement):
+    """SAEs of kind relu."""
+
+
+class ReLUTiedBiasSAEs(ReLUTiedBiasSAEConfig, SAEPlacement):
+    """SAEs of kind relu_tied_bias."""
+
+
+class TopKSAEs(TopKSAEConfig, SAEPlacement):
+    """SAEs of kind topk."""
+
+
+class BatchTopKSAEs(BatchTopKSAEConfig, SAEPlacement):
+    """SAEs of kind batch_topk."""
+
+
+class JumpReLUSAEs(JumpReLUSAEConfig, SAEPlacement):
+    """SAEs of kind jumprelu."""
+
+
+class GatedSAEs(GatedSAEConfig, SAEPlacement):
+    """SAEs of kind gated."""
+
+
+class MatryoshkaSAEs(MatryoshkaSAEConfig, SAEPlacement):
+    """SAEs of kind matryoshka."""
+
+
+class CodebookSAEs(CodebookSAEConfig, SAEPlacement):
+    """SAEs of kind codebook."""
+
+
+class Transcoders(TranscoderConfig, SAEPlacement):
+    """SAEs of kind transcoder."""
+
+    read_positions: Annotated[list[str], BeforeValidator(listed)]
+    """Hook points that are read, in the order of the sae_positions, where is written. Two may read
+    the same."""
+
+
+def _tag(saes: object) -> str:
+    kind = saes.get("kind", "relu") if isinstance(saes, dict) else getattr(saes, "kind", "relu")
+    return f"{TAG_MARK}{kind}"
+
+
+SAEsConfig = Annotated[
+    Annotated[ReLUSAEs, Tag("=relu")]
+    | Annotated[ReLUTiedBiasSAEs, Tag("=relu_tied_bias")]
+    | Annotated[TopKSAEs, Tag("=topk")]
+    | Annotated[BatchTopKSAEs, Tag("=batch_topk")]
+    | Annotated[JumpReLUSAEs, Tag("=jumprelu")]
+    | Annotated[GatedSAEs, Tag("=gated")]
+    | Annotated[MatryoshkaSAEs, Tag("=matryoshka")]
+    | Annotated[CodebookSAEs, Tag("=codebook")]
+    | Annotated[Transcoders, Tag("=transcoder")],
+    Discriminator(_tag),
+]
+"""SAEs of one kind. Where `kind` is missing, as in the original's configs, it is relu."""
+
+PLACED: dict[str, type[SAEPlacement]] = {
+    tag.tag.removeprefix(TAG_MARK): config
+    for config, tag in map(get_args, get_args(get_args(SAEsConfig)[0]))
+}
+"""The configs of the kinds, by name."""
 
 
 class SAETransformerConfig(BaseConfig):
@@ -58,6 +138,17 @@ class SAETransformerConfig(BaseConfig):
     trust_remote_code: bool = False
     """Whether Python code that comes with tlens_model_name on the hub may be executed."""
     saes: SAEsConfig
+    """SAEs of one kind, and where they sit."""
+
+    @field_validator("saes", mode="before")
+    @classmethod
+    def _kind_is_known(cls, saes: object) -> object:
+        kind = saes.get("kind", "relu") if isinstance(saes, dict) else "relu"
+        if not isinstance(kind, str) or kind not in PLACED:
+            raise ValueError(
+                f"kind must be one of {', '.join(PLACED)}; there is no {nearest(str(kind), PLACED)}"
+            )
+        return saes
 
     @model_validator(mode="after")
     def _there_is_one_model(self) -> Self:

@@ -8,7 +8,7 @@ block that a term needs. A mix of terms that only look at what the SAEs themselv
 (a *local* mix) needs no spliced run at all: each SAE is applied to the raw activation.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from sparsify.base_config import UserError
@@ -39,9 +39,18 @@ class ForwardPlan:
 
 
 def derive_plan(
-    model: HookedModel, sae_positions: Iterable[str], losses: LossConfig
+    model: HookedModel,
+    sae_positions: Iterable[str],
+    losses: LossConfig,
+    reads: Mapping[str, str] | None = None,
 ) -> ForwardPlan:
     """The least work that gives every loss term what it needs.
+
+    Args:
+        model: The model that is run.
+        sae_positions: Where SAEs write.
+        losses: The loss terms.
+        reads: The hook point that each SAE reads. None: that where it writes.
 
     Raises:
         UserError: A term reads a hook point that does not exist, or one at which the two runs
@@ -53,13 +62,14 @@ def derive_plan(
     needs_logits = any(term.needs_logits for term in terms)
     raw = _union(term.raw_positions(positions) for term in terms)
     spliced = _union(term.spliced_positions(positions) for term in terms)
-    start = min(first_block(position) for position in positions)
+    sources = positions if reads is None else tuple(reads[position] for position in positions)
+    start = min(first_block(position) for position in sources)
     if losses.in_to_orig is not None:
         _check_lie_behind(model, losses.in_to_orig.hook_positions, positions)
     if needs_logits:
         model.check_unembedding()
     if is_local:
-        raw = _union([raw, positions])
+        raw = _union([raw, sources, positions])
     return ForwardPlan(
         sae_positions=positions,
         is_local=is_local,

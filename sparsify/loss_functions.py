@@ -9,6 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsify.saes.acts import SAEActs
+from sparsify.saes.base import SAE
+from sparsify.saes.jumprelu import JumpReLUSAE
+
 
 def sparsity(c: Float[Tensor, "*sample n_dict"], d_act: int, p_norm: float) -> Float[Tensor, ""]:
     """The p-norm of `c`, (sum c^p)^(1/p), averaged over samples, per dimension of the activation.
@@ -32,6 +36,32 @@ def sparsity(c: Float[Tensor, "*sample n_dict"], d_act: int, p_norm: float) -> F
     return torch.linalg.vector_norm(c, ord=p_norm, dim=-1).mean() / d_act
 
 
+def concave_sparsity(
+    c: Float[Tensor, "*sample n_dict"], d_act: int, penalty: str
+) -> Float[Tensor, ""]:
+    """Sum of tanh(c) or of log(1 + c), averaged over samples, per dimension of the activation.
+
+    Unlike the 1-norm they hardly grow where an entry is large, so they shrink activations less and
+    come nearer to a count of those that are not zero.
+
+    Args:
+        c: Sparse activations, none of them negative, in units of where the penalty is to bend.
+        d_act: Width of the activation that the SAE read.
+        penalty: `tanh` or `log`.
+    """
+    entries = torch.tanh(c) if penalty == "tanh" else torch.log1p(c)
+    return entries.sum(dim=-1).mean() / d_act
+
+
+def active_share(sae: SAE, acts: SAEActs) -> Float[Tensor, ""]:
+    """Active elements of a JumpReLU SAE, averaged over samples, per dimension of the activation.
+
+    The gradient is that of `JumpReLUSAE.active`.
+    """
+    assert isinstance(sae, JumpReLUSAE), "a config with another kind is refused"
+    return sae.active(acts).sum(dim=-1).mean() / acts.input.shape[-1]
+
+
 def mse(
     pred: Float[Tensor, "*sample d_act"], target: Float[Tensor, "*sample d_act"]
 ) -> Float[Tensor, ""]:
@@ -41,3 +71,20 @@ def mse(
     """
     wide = torch.promote_types(torch.promote_types(pred.dtype, target.dtype), torch.float32)
     return F.mse_loss(pred.to(wide), target.to(wide))
+
+
+def normalised_mse(
+    pred: Float[Tensor, "*sample d_act"], target: Float[Tensor, "*sample d_act"]
+) -> Float[Tensor, ""]:
+    """Squared error of `pred`, relative to always predicting the mean of `target` over samples.
+
+    0 is perfect, 1 no better than the mean. 0 if `target` is the same for all samples, as there is
+    nothing to divide by then.
+    """
+    wide = torch.promote_types(torch.promote_types(pred.dtype, target.dtype), torch.float32)
+    rows = target.to(wide).flatten(end_dim=-2)
+    variance = (rows - rows.mean(dim=0)).square().sum()
+    error = (pred.to(wide) - target.to(wide)).square().sum()
+    # Not `where(is_varied, error / variance, 0)`, whose gradient would be 0 / 0.
+    is_varied = variance > 0
+    return is_varied * error / torch.where(is_varied, variance, 1.0)

@@ -1,186 +1,48 @@
-"""Loss terms that train SAEs inside a frozen model.
-
-Each term is a config that says what it needs of the forward passes and can compute itself from
-them. To add one, write its class here, give it a field on `LossConfig` and a test with a value
-worked out by hand. Nothing else needs to change. The math is in `sparsify.loss_functions`, which is
-imported when a loss is computed, so that a config can be read without loading torch.
+"""The loss that trains SAEs inside a frozen model: a weighted sum of terms.
 
 The total is the sum of coefficient times value over terms and positions:
 
-    sparsity.coeff    * sum over SAEs of   mean ||c||_p / d_act
-    out_to_in.coeff   * sum over SAEs of   mse(output, input)
-    out_to_orig.coeff * sum over SAEs of   mse(output, orig)
+    sparsity.coeff         * sum over SAEs of   mean penalty of c / d_act
+    out_to_in.coeff        * sum over SAEs of   mse(output, input)
+    out_to_orig.coeff      * sum over SAEs of   mse(output, orig)
     in_to_orig.total_coeff * mean over hook_positions of   mse(new, orig)
-    logits_kl.coeff   * KL(orig || new), in nats per token
+    logits_kl.coeff        * KL(orig || new), in nats per token
+    next_token_ce.coeff    * cross-entropy of new, in nats per token
+    aux_k.coeff            * sum over SAEs of   error of dead elements
+    pre_act.coeff          * sum over SAEs of   distance of dead elements from firing
+
+The terms are in `sparsify.loss_terms`.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, Self
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import model_validator
 
-from sparsify.base_config import BaseConfig, PositiveFinite, listed
+from sparsify.base_config import BaseConfig
+from sparsify.loss_terms import (
+    AuxKLoss,
+    InToOrigLoss,
+    LogitsKLLoss,
+    LossTerm,
+    NextTokenCELoss,
+    OutToInLoss,
+    OutToOrigLoss,
+    PreActLoss,
+    SparsityLoss,
+)
+from sparsify.saes.config import SAEConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from sparsify.runs import Runs
 
-Coeff = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Factor = Callable[[str, str], "float | Tensor"]
+"""By term and position ("" if it has none): what its coefficient is multiplied by at the time."""
 
-
-class LossTerm(BaseConfig, ABC):
-    """A term of the loss: what it needs, its value, and the weight of that value."""
-
-    needs_logits: ClassVar[bool] = False
-    """The runs must go to the last block and keep the final residual stream."""
-
-    needs_spliced_run: ClassVar[bool] = True
-    """The value depends on the model behind or between the SAEs. A sum of terms that do without
-    needs no spliced run: each SAE reads the raw activation."""
-
-    @property
-    @abstractmethod
-    def position_coeff(self) -> float:
-        """The weight of the value at each position. At zero it is computed but does not train."""
-
-    def raw_positions(self, sae_positions: Sequence[str]) -> list[str]:
-        """Positions at which the raw run must keep activations."""
-        return []
-
-    def spliced_positions(self, sae_positions: Sequence[str]) -> list[str]:
-        """Positions at which the spliced run must keep activations, beyond what the SAEs keep."""
-        return []
-
-    @abstractmethod
-    def calc(self, runs: "Runs") -> "dict[str, Tensor]":
-        """Scalar by position, without the coefficient. The key is "" if it has no position."""
-
-
-class CoeffTerm(LossTerm):
-    """A term whose coefficient weighs the value at each position."""
-
-    coeff: Coeff
-    """Weight of the term. At zero it is computed and logged but does not train."""
-
-    @property
-    def position_coeff(self) -> float:
-        """The coefficient."""
-        return self.coeff
-
-
-class SparsityLoss(CoeffTerm):
-    """Mean p-norm of the code, divided by the width of the activation."""
-
-    needs_spliced_run: ClassVar[bool] = False
-
-    p_norm: PositiveFinite = 1.0
-    """Exponent of the norm."""
-
-    def calc(self, runs: "Runs") -> "dict[str, Tensor]":
-        """See `sparsify.loss_functions.sparsity`."""
-        from sparsify.loss_functions import sparsity
-
-        return {
-            position: sparsity(acts.c, acts.input.shape[-1], self.p_norm)
-            for position, acts in runs.sae_acts.items()
-        }
-
-
-class OutToInLoss(CoeffTerm):
-    """Mean squared error between what an SAE writes and what it read.
-
-    Neither side is detached: with several SAEs the gradient also reaches the earlier ones.
-    """
-
-    needs_spliced_run: ClassVar[bool] = False
-
-    def calc(self, runs: "Runs") -> "dict[str, Tensor]":
-        """See `sparsify.loss_functions.mse`."""
-        from sparsify.loss_functions import mse
-
-        return {position: mse(acts.output, acts.input) for position, acts in runs.sae_acts.items()}
-
-
-class OutToOrigLoss(CoeffTerm):
-    """Mean squared error between what an SAE writes and the raw activation at its position.
-
-    It differs from `out_to_in` behind the first SAE, where the spliced run reads something else.
-    """
-
-    def raw_positions(self, sae_positions: Sequence[str]) -> list[str]:
-        """Those of the SAEs."""
-        return list(sae_positions)
-
-    def calc(self, runs: "Runs") -> "dict[str, Tensor]":
-        """See `sparsify.loss_functions.mse`."""
-        from sparsify.loss_functions import mse
-
-        return {
-            position: mse(acts.output, runs.orig_acts[position].detach())
-            for position, acts in runs.sae_acts.items()
-        }
-
-
-class InToOrigLoss(LossTerm):
-    """Mean squared error between the activations of the spliced and of the raw run.
-
-    At a position that has an SAE, the spliced activation is what the SAE read.
-    """
-
-    hook_positions: Annotated[list[str], BeforeValidator(listed)]
-    """Full names of the hook points to compare, or a single one."""
-
-    total_coeff: Coeff
-    """Sum of the coefficients, which are equal at all positions."""
-
-    @field_validator("hook_positions")
-    @classmethod
-    def _positions_are_distinct(cls, positions: list[str]) -> list[str]:
-        if not positions:
-            raise ValueError("names no hook point; name at least one, or set in_to_orig to null")
-        repeated = sorted({name for name in positions if positions.count(name) > 1})
-        if repeated:
-            raise ValueError(f"{', '.join(map(repr, repeated))} is repeated; name it once")
-        return positions
-
-    @property
-    def position_coeff(self) -> float:
-        """An equal share of the total coefficient."""
-        return self.total_coeff / len(self.hook_positions)
-
-    def raw_positions(self, sae_positions: Sequence[str]) -> list[str]:
-        """The hook positions."""
-        return list(self.hook_positions)
-
-    def spliced_positions(self, sae_positions: Sequence[str]) -> list[str]:
-        """The hook positions, as far as no SAE keeps them."""
-        return [position for position in self.hook_positions if position not in sae_positions]
-
-    def calc(self, runs: "Runs") -> "dict[str, Tensor]":
-        """See `sparsify.loss_functions.mse`."""
-        from sparsify.loss_functions import mse
-
-        return {
-            position: mse(runs.new_acts[position].input, runs.orig_acts[position].detach())
-            for position in self.hook_positions
-        }
-
-
-class LogitsKLLoss(CoeffTerm):
-    """KL(orig || new) of the distributions over the next token, in nats per token."""
-
-    needs_logits: ClassVar[bool] = True
-
-    def calc(self, runs: "Runs") -> "dict[str, Tensor]":
-        """See `sparsify.kernels.chunked.chunked_kl`."""
-        from sparsify.kernels.chunked import chunked_kl
-
-        assert runs.orig_resid is not None
-        assert runs.new_resid is not None
-        assert runs.unembed is not None
-        return {"": chunked_kl(runs.orig_resid, runs.new_resid, runs.unembed)}
+KL_EPS = 1e-8
+"""Added to a KL that is divided by, as Karvonen 2025 does."""
 
 
 class LossConfig(BaseConfig):
@@ -201,6 +63,15 @@ class LossConfig(BaseConfig):
     logits_kl: LogitsKLLoss | None = None
     """KL divergence of the spliced model's output from the raw model's."""
 
+    next_token_ce: NextTokenCELoss | None = None
+    """Cross-entropy of the spliced model."""
+
+    aux_k: AuxKLoss | None = None
+    """Has dead elements make up for what the others leave out."""
+
+    pre_act: PreActLoss | None = None
+    """Pulls the pre-activations of dead JumpReLU elements up to their thresholds."""
+
     @model_validator(mode="after")
     def _some_term_trains(self) -> Self:
         names = ", ".join(type(self).model_fields)
@@ -214,29 +85,116 @@ class LossConfig(BaseConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _what_balances_is_there(self) -> Self:
+        name = self.logits_kl.balance_with if self.logits_kl else None
+        if name is not None and getattr(self, name) is None:
+            raise ValueError(
+                f"logits_kl.balance_with: {name} is null; set it, or remove balance_with"
+            )
+        return self
+
     def terms(self) -> dict[str, LossTerm]:
         """The terms that are set, by name."""
         fields = {name: getattr(self, name) for name in type(self).model_fields}
         return {name: term for name, term in fields.items() if term is not None}
 
 
-def total_loss(losses: LossConfig, runs: "Runs") -> "tuple[Tensor, dict[str, Tensor]]":
+def check_loss_suits_kind(losses: LossConfig, sae: SAEConfig) -> None:
+    """Raise a `ValueError` if a term has no meaning for SAEs of this kind."""
+    sparsity = losses.sparsity
+    if sparsity is not None and not sae.has_pre_acts:
+        raise ValueError(
+            f"loss.sparsity: SAEs of kind '{sae.kind}' have nothing to penalise; set it to null, "
+            "and saes.k to the number of active elements"
+        )
+    k = getattr(sae, "k", None)
+    if sparsity is not None and sparsity.target_l0 is not None and k is not None:
+        raise ValueError(
+            f"loss.sparsity.target_l0 ({sparsity.target_l0:g}): saes.k ({k}) decides how "
+            "many elements are active; remove target_l0"
+        )
+    if sparsity is not None and sparsity.penalty == "l0" and sae.kind != "jumprelu":
+        raise ValueError(
+            f"loss.sparsity.penalty (l0) has no gradient in SAEs of kind '{sae.kind}', only in "
+            "jumprelu; choose p_norm, tanh or log"
+        )
+    if losses.pre_act is not None and sae.kind != "jumprelu":
+        raise ValueError(
+            f"loss.pre_act: belongs to kind jumprelu, not to '{sae.kind}'; set it to null"
+        )
+    if losses.aux_k is not None and not sae.has_pre_acts:
+        raise ValueError(
+            f"loss.aux_k: elements of kind '{sae.kind}' have no pre-activations; set it to null, "
+            "and take resampling"
+        )
+
+
+def total_loss(
+    losses: LossConfig, runs: "Runs", factor: Factor = lambda term, position: 1.0
+) -> "tuple[Tensor, dict[str, Tensor]]":
     """The weighted sum of all terms, and the value of each without its coefficient.
+
+    Where SAEs have other outputs, the errors of these are added, with their weights.
+
+    Args:
+        losses: Terms and their coefficients.
+        runs: What they are computed from.
+        factor: What coefficients are multiplied by.
 
     Returns:
         The scalar to minimise, and detached values keyed `<term>/<position>`, or `<term>` for a
-        term that has no position.
+        term that has no position; those of other outputs begin with `other_outputs/`.
     """
     import torch
 
-    total = torch.zeros(())
-    values: dict[str, Tensor] = {}
-    for name, term in losses.terms().items():
-        coeff = term.position_coeff
-        with torch.set_grad_enabled(torch.is_grad_enabled() and coeff > 0):
-            by_position = term.calc(runs)
-        for position, value in by_position.items():
-            values[f"{name}/{position}" if position else name] = value.detach()
-            if coeff > 0:
-                total = total + coeff * value
-    return total, values
+    terms = losses.terms()
+    values = {name: _values(term, runs) for name, term in terms.items()}
+    logged = {
+        f"{name}/{position}" if position else name: value.detach()
+        for name, by_position in values.items()
+        for position, value in by_position.items()
+    }
+    balance = _balance(losses, values)
+    if balance is not None:
+        logged["logits_kl_balance"] = balance
+
+    def weighted(name: str, by_position: "dict[str, Tensor]") -> "Tensor":
+        coeff = terms[name].position_coeff
+        if coeff == 0:
+            return torch.zeros(())
+        part = sum(
+            (coeff * factor(name, position) * value for position, value in by_position.items()),
+            torch.zeros(()),
+        )
+        return part if balance is None or name != "logits_kl" else balance * part
+
+    total = sum((weighted(name, part) for name, part in values.items()), torch.zeros(()))
+    for weight, other in runs.others:
+        for name, term in terms.items():
+            if term.measures_error:
+                part = _values(term, other)
+                total = total + weight * weighted(name, part)
+                logged |= {
+                    f"other_outputs/{name}{position and '/'}{position}": value.detach()
+                    for position, value in part.items()
+                }
+    return total, logged
+
+
+def _values(term: LossTerm, runs: "Runs") -> "dict[str, Tensor]":
+    import torch
+
+    with torch.set_grad_enabled(torch.is_grad_enabled() and term.position_coeff > 0):
+        return term.calc(runs)
+
+
+def _balance(losses: LossConfig, values: "dict[str, dict[str, Tensor]]") -> "Tensor | None":
+    """The ratio of the error that the KL is balanced with to the KL. None: it is not balanced."""
+    import torch
+
+    name = losses.logits_kl.balance_with if losses.logits_kl else None
+    if name is None:
+        return None
+    error = torch.stack(list(values[name].values())).sum()
+    return (error / (values["logits_kl"][""] + KL_EPS)).detach()

@@ -1,12 +1,17 @@
 """What the forward passes of one training step leave behind for the loss terms."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparsify.kernels.unembedding import Unembedding
 from sparsify.saes.acts import CacheActs, SAEActs
+from sparsify.saes.base import SAE
+
+NO_TARGET = -100
+"""In place of the token after the last, as torch's losses have it."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,40 @@ class Runs:
     unembed: Unembedding | None = None
     """Final norm and unembedding. None if no term needs logits."""
 
+    next_tokens: Int[Tensor, "*sample"] | None = None
+    """The token after each position, `NO_TARGET` for the last. None if no term needs logits."""
+
+    saes: Mapping[str, SAE] = field(default_factory=dict)
+    """The SAEs by position, for terms that ask them."""
+
+    others: tuple[tuple[float, "Runs"], ...] = ()
+    """The same with other outputs of the SAEs, and the weight of the errors there."""
+
+    dead: Mapping[str, Bool[Tensor, " n_dict"]] = field(default_factory=dict)
+    """Which elements of each SAE count as dead. Empty if nobody keeps count."""
+
     @property
     def sae_acts(self) -> dict[str, SAEActs]:
         """The entries of `new_acts` that an SAE made."""
         return {name: acts for name, acts in self.new_acts.items() if isinstance(acts, SAEActs)}
+
+    def arriving(self, position: str) -> Float[Tensor, "..."]:
+        """The activation of the spliced run at a position, before an SAE there replaces it."""
+        acts = self.new_acts[position]
+        return acts.target if isinstance(acts, SAEActs) else acts.input
+
+    def only(self, kept: Bool[Tensor, "batch pos"]) -> "Runs":
+        """What is there of some tokens; these are then in one dimension."""
+
+        def pick(rows: Tensor | None) -> Tensor | None:
+            return None if rows is None else rows[kept]
+
+        return replace(
+            self,
+            orig_acts={name: act[kept] for name, act in self.orig_acts.items()},
+            new_acts={name: acts.only(kept) for name, acts in self.new_acts.items()},
+            orig_resid=pick(self.orig_resid),
+            new_resid=pick(self.new_resid),
+            next_tokens=pick(self.next_tokens),
+            others=tuple((weight, runs.only(kept)) for weight, runs in self.others),
+        )

@@ -1,8 +1,8 @@
 """A TransformerLens model with SAEs spliced into chosen hook points."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,33 +14,13 @@ from sparsify.forward_plan import ForwardPlan
 from sparsify.hook_names import check_hook_names, stop_block
 from sparsify.hooked_model import Hook, HookedModel, Prefix, TLensModel
 from sparsify.runs import Runs
-from sparsify.saes.acts import CacheActs, SAEActs
-from sparsify.saes.base import SAE
+from sparsify.sae_positions import act_widths, reads_of
+from sparsify.saes.acts import SAEActs
+from sparsify.saes.base import eval_mode
 from sparsify.saes.build import build_sae
 from sparsify.saes.config import ReLUSAEConfig, SAEConfig
-
-Acts = dict[str, SAEActs | CacheActs]
-
-
-class SAEDict(nn.ModuleDict):
-    """SAEs by hook point. Module names may have no dot, so the keys have "-" in its place."""
-
-    def at(self, position: str) -> SAE:
-        """The SAE at a hook point, by its full name."""
-        sae = self[position.replace(".", "-")]
-        assert isinstance(sae, SAE)
-        return sae
-
-    def read(self, position: str, act: Float[Tensor, "batch pos ..."]) -> SAEActs:
-        """What the SAE at a hook point makes of an activation, whose heads, if any, are flattened.
-
-        The SAE computes in its own precision, whatever that of the model is.
-        """
-        sae = self.at(position)
-        parameter = next(sae.parameters(), None)
-        flat = act.flatten(start_dim=2)
-        with torch.autocast(act.device.type, enabled=False):
-            return sae(flat if parameter is None else flat.to(parameter))
+from sparsify.splicing import Acts, SAEDict, cache_hooks, keep_hooks, splice_hooks
+from sparsify.step_runs import run_step
 
 
 class SAETransformer(nn.Module):
@@ -53,9 +33,12 @@ class SAETransformer(nn.Module):
         dict_size_to_input_ratio: Dictionary elements per dimension of the activation, for ReLU
             SAEs. None: `sae` is given.
         sae: Config of the SAEs, one for all positions. None: `dict_size_to_input_ratio` is given.
+        read_positions: For transcoders, the hook point that each reads, in the order of
+            `raw_sae_positions`, where they write. None: SAEs read where they write.
 
     Raises:
-        UserError: A position repeats, is not a hook point, or has no activation vector per token.
+        UserError: A position repeats, is not a hook point, or has no activation vector per token,
+            or what a transcoder reads does not come before what it writes.
     """
 
     def __init__(
@@ -65,6 +48,7 @@ class SAETransformer(nn.Module):
         dict_size_to_input_ratio: float | None = None,
         *,
         sae: SAEConfig | None = None,
+        read_positions: Sequence[str] | str | None = None,
     ) -> None:
         super().__init__()
         if (dict_size_to_input_ratio is None) == (sae is None):
@@ -75,12 +59,18 @@ class SAETransformer(nn.Module):
         assert sae is not None
         self.tlens_model: TLensModel = tlens_model.eval().requires_grad_(False)
         self.hooked_model = HookedModel(tlens_model)
-        shapes = self._act_shapes(_names(raw_sae_positions, []))
-        self.raw_sae_positions = list(shapes)
+        positions = _names(raw_sae_positions, [])
+        reads = reads_of(sae, positions, _names(read_positions, []))
+        widths = act_widths(self.hooked_model, positions, reads)
+        self.raw_sae_positions = [position for position in widths if position in positions]
+        self.reads = {position: reads[position] for position in self.raw_sae_positions}
+        """The hook point that each SAE reads, which is where it writes but for a transcoder."""
         self.saes = SAEDict(
             {
-                position.replace(".", "-"): build_sae(sae, d_act=prod(shape))
-                for position, shape in shapes.items()
+                position.replace(".", "-"): build_sae(
+                    sae, d_act=widths[self.reads[position]], d_out=widths[position]
+                )
+                for position in self.raw_sae_positions
             }
         )
         self.saes.to(next(tlens_model.parameters()).device)
@@ -106,7 +96,7 @@ class SAETransformer(nn.Module):
         """
         self.hooked_model.check_length(tokens.shape[-1])
         acts: dict[str, Tensor] = {}
-        positions = [*self.raw_sae_positions, *_names(cache_positions, [])]
+        positions = [*self.reads.values(), *self.raw_sae_positions, *_names(cache_positions, [])]
         check_hook_names(positions, self.tlens_model.hook_dict, "cache_positions")
         hooks = keep_hooks(positions, acts)
         logits = None
@@ -143,40 +133,21 @@ class SAETransformer(nn.Module):
         positions = _names(sae_positions, self.raw_sae_positions)
         self._check_have_saes(positions)
         if orig_acts is not None:
-            if missing := [name for name in positions if name not in orig_acts]:
-                raise UserError(f"orig_acts: has no activation for {', '.join(missing)}; give it")
-            return None, {name: self.saes.read(name, orig_acts[name]) for name in positions}
+            return None, self._read_raw(positions, orig_acts)
         if tokens is None:
             raise ValueError("tokens may only be None if orig_acts is given")
         self.hooked_model.check_length(tokens.shape[-1])
         others = _names(cache_positions, [])
         check_hook_names(others, self.tlens_model.hook_dict, "cache_positions")
         acts: Acts = {}
-        logits = self.hooked_model.run_with_logits(
-            tokens, self._splice_hooks(positions, others, acts)
-        )
+        hooks = self.splice_hooks(positions, acts.__setitem__, cache_hooks(others, acts))
+        logits = self.hooked_model.run_with_logits(tokens, hooks)
         _check_fired(others, acts)
         return logits, acts
 
     def run(self, tokens: Int[Tensor, "batch pos"], plan: ForwardPlan) -> Runs:
         """Both runs of a training step, as far as `plan` says; gradients reach the SAEs alone."""
-        model = self.hooked_model
-        orig_acts: dict[str, Tensor] = {}
-        new_acts: Acts = {}
-        with torch.no_grad():
-            prefix = model.prefix(tokens, plan.start)
-            raw_hooks = keep_hooks(plan.raw_positions, orig_acts)
-            has_raw = bool(plan.raw_positions) or plan.needs_logits
-            orig_resid = model.run(prefix, raw_hooks, plan.raw_stop) if has_raw else None
-        orig_acts = {position: act.flatten(start_dim=2) for position, act in orig_acts.items()}
-        if plan.is_local:
-            _, new_acts = self.forward(None, plan.sae_positions, orig_acts=orig_acts)
-            return Runs(orig_acts, new_acts, None, None, None)
-        hooks = self._splice_hooks(plan.sae_positions, plan.spliced_positions, new_acts)
-        new_resid = model.run(prefix, hooks, plan.spliced_stop)
-        if not plan.needs_logits:
-            return Runs(orig_acts, new_acts, None, None, None)
-        return Runs(orig_acts, new_acts, orig_resid, new_resid, model.unembed)
+        return run_step(self, tokens, plan)
 
     # No inference mode: what a model extends or caches in a call must serve training too.
     @torch.no_grad()
@@ -195,7 +166,9 @@ class SAETransformer(nn.Module):
         """
         positions = self.raw_sae_positions if sae_positions == "all" else _names(sae_positions, [])
         self._check_have_saes(positions)
-        return self.hooked_model.generate(input, self._splice_hooks(positions, [], {}), **kwargs)
+        hooks = self.splice_hooks(positions, lambda position, acts: None)
+        with eval_mode(self):
+            return self.hooked_model.generate(input, hooks, **kwargs)
 
     def train(self, mode: bool = True) -> "SAETransformer":
         """Set the mode of the SAEs; the frozen model stays as it is used, without dropout."""
@@ -228,39 +201,35 @@ class SAETransformer(nn.Module):
         return load_run(Path(path), device)
 
     def splice_hooks(
-        self, positions: Iterable[str], observe: Callable[[str, SAEActs], None]
+        self,
+        positions: Iterable[str],
+        observe: Callable[[str, SAEActs], None],
+        others: Mapping[str, Hook] = MappingProxyType({}),
     ) -> dict[str, Hook]:
         """Hooks that put SAEs in place, and show what each did as it happens.
 
         Nothing else is kept: what `observe` does not keep is freed at once.
         """
 
-        def splice(position: str) -> Hook:
-            def hook(act: Tensor) -> Tensor:
-                acts = self.saes.read(position, act)
-                observe(position, acts)
-                return acts.output.to(act).reshape(act.shape)
+        def read(position: str, act: Tensor, replaced: Tensor | None) -> SAEActs:
+            acts = self.saes.read(position, act, replaced)
+            observe(position, acts)
+            return acts
 
-            return hook
+        return splice_hooks(
+            {position: self.reads[position] for position in positions}, read, others
+        )
 
-        return {position: splice(position) for position in positions}
-
-    def _act_shapes(self, positions: list[str]) -> dict[str, tuple[int, ...]]:
-        """Shape of one token's activation at each position, in the order of the model."""
-        if not positions:
-            raise UserError("sae_positions: names no hook point; give at least one")
-        if repeated := sorted({p for p in positions if positions.count(p) > 1}):
-            raise UserError(f"sae_positions: {', '.join(repeated)} given twice; one SAE fits there")
-        check_hook_names(positions, self.tlens_model.hook_dict, "sae_positions")
-        names_of_points: dict[nn.Module, str] = {}
+    def _read_raw(self, positions: Iterable[str], orig_acts: Mapping[str, Tensor]) -> Acts:
+        """What SAEs make of raw activations."""
+        acts: Acts = {}
         for position in positions:
-            other = names_of_points.setdefault(self.tlens_model.hook_dict[position], position)
-            if other != position:
-                raise UserError(
-                    f"sae_positions: '{other}' and '{position}' are the same hook point; one SAE "
-                    "fits there, so remove one of them"
-                )
-        return self.hooked_model.probe(positions, "sae_positions")
+            source = self.reads[position]
+            if missing := sorted({source, position} - set(orig_acts)):
+                raise UserError(f"orig_acts: has no activation for {', '.join(missing)}; give it")
+            replaced = None if source == position else orig_acts[position]
+            acts[position] = self.saes.read(position, orig_acts[source], replaced)
+        return acts
 
     def _check_have_saes(self, positions: Iterable[str]) -> None:
         for position in positions:
@@ -270,37 +239,11 @@ class SAETransformer(nn.Module):
                     f"{', '.join(self.raw_sae_positions)}"
                 )
 
-    def _splice_hooks(
-        self, positions: Iterable[str], cache_positions: Iterable[str], acts: Acts
-    ) -> dict[str, Hook]:
-        """Hooks that splice in SAEs, and record what passes in `acts`."""
-
-        def keep(position: str) -> Hook:
-            def hook(act: Tensor) -> None:
-                acts[position] = CacheActs(act.flatten(start_dim=2))
-
-            return hook
-
-        hooks = {position: keep(position) for position in cache_positions}
-        return hooks | self.splice_hooks(positions, acts.__setitem__)
-
 
 def _names(positions: Sequence[str] | str | None, default: list[str]) -> list[str]:
     if positions is None:
         return default
     return [positions] if isinstance(positions, str) else list(positions)
-
-
-def keep_hooks(positions: Iterable[str], acts: dict[str, Tensor]) -> dict[str, Hook]:
-    """Hooks that put the activation at each position into `acts`."""
-
-    def keep(position: str) -> Hook:
-        def hook(act: Tensor) -> None:
-            acts[position] = act
-
-        return hook
-
-    return {position: keep(position) for position in positions}
 
 
 def _check_fired(positions: Iterable[str], acts: Mapping[str, object]) -> None:

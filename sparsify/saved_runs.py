@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from sparsify.base_config import UserError, read_yaml, validate_config
-from sparsify.config import SAETransformerConfig
+from sparsify.config import SAETransformerConfig, Transcoders
 from sparsify.hook_names import matching_hook_names
 from sparsify.hooked_model import TLensModel
 from sparsify.model_loading import BUNDLED_MODELS, load_hooked_model
@@ -43,7 +43,15 @@ def add_saes(tlens_model: TLensModel, config: SAETransformerConfig) -> SAETransf
     positions = matching_hook_names(
         config.saes.sae_positions, tlens_model.hook_dict, "saes.sae_positions"
     )
-    model = SAETransformer(tlens_model, positions, sae=config.saes.sae)
+    reads = None
+    if isinstance(config.saes, Transcoders):
+        known = tlens_model.hook_dict
+        reads = [
+            name
+            for pattern in config.saes.read_positions
+            for name in matching_hook_names([pattern], known, "saes.read_positions")
+        ]
+    model = SAETransformer(tlens_model, positions, sae=config.saes, read_positions=reads)
     loaded_from: dict[str, Path] = {}
     for path in config.saes.pretrained_sae_paths or []:
         for position in load_saes(model, checkpoint_at(path), model_identity(config)):
@@ -73,7 +81,7 @@ def load_run(path: Path, device: str) -> SAETransformer:
         raise UserError(
             f"{checkpoint}: has no SAE for {', '.join(missing)}; the file is not of this run"
         )
-    return model
+    return model.eval()
 
 
 def load_saes(model: SAETransformer, path: Path, identity: dict[str, str]) -> list[str]:
@@ -118,6 +126,7 @@ def model_identity(config: SAETransformerConfig) -> dict[str, str]:
     return {
         "tlens_model": f"weights {_digest(folder / MODEL_FILE)}" if folder else str(name),
         "tlens_model_processing": config.tlens_model_processing,
+        "sae_kind": config.saes.kind,
     }
 
 
@@ -130,6 +139,11 @@ def check_identity(path: Path, found: dict[str, str], wanted: dict[str, str]) ->
     """Raise a `UserError` if the SAEs in the file at `path` belong to another model."""
     for key, value in wanted.items():
         # Checkpoints of the original system record nothing.
+        if found.get(key, value) != value and key == "sae_kind":
+            raise UserError(
+                f"{path}: its SAEs are of kind '{found[key]}', but saes.kind is '{value}'; set it "
+                f"to '{found[key]}', or use other SAEs"
+            )
         if found.get(key, value) != value:
             raise UserError(
                 f"{path}: its SAEs were trained with {key} '{found[key]}', not '{value}'; use the "

@@ -137,6 +137,14 @@ SETTINGS: dict[str, tuple[Mapping[str, Any], str]] = {
     "SAEs in another format": (_sae("file"), "FILES/file: weights are read from .safetensors and"),
     "SAEs are cut": (_sae("cut.safetensors"), "FILES/cut.safetensors: is damaged or no weights fi"),
     "SAEs of another shape": (_sae("small.safetensors"), "has weights {'decoder.bias': (4,), "),
+    "SAEs of another size": (
+        {**_sae("run"), "saes.dict_size_to_input_ratio": 2.0},
+        "'decoder.bias': (8,)} were expected; check the model, saes.sae_positions and saes.dict_",
+    ),
+    "SAEs of another kind": (
+        {**_sae("run"), "saes.kind": "batch_topk", "saes.k": 2},
+        "its SAEs are of kind 'relu', but saes.kind is 'batch_topk'; set it to 'relu'",
+    ),
     "SAEs elsewhere": (_sae("other.safetensors"), "has an SAE for 'blocks-2-hook_resid_pre', but"),
     "SAEs are not finite": (_sae("nan.safetensors"), "numbers that are not finite; use another co"),
     "SAEs are a pickle": (_sae("pickle.pt"), "needs the pickled code 'posix.system', which is nev"),

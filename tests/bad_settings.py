@@ -61,6 +61,7 @@ TEXTS: dict[str, tuple[MakeText, str]] = {
     ),
 }
 
+
 SETTINGS: dict[str, tuple[Mapping[str, Any], str]] = {
     # Keys and types
     "unknown key": ({"n_sample": 8}, "unknown key 'n_sample'; did you mean 'n_samples'?"),

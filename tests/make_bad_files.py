@@ -117,6 +117,9 @@ def make_models(folder: Path, planted: Path, model: Path) -> None:
         shutil.copytree(model, folder / name, ignore=shutil.ignore_patterns(file))
     texts = [f"def {chr(97 + index)}{index}(): return {index}\n" for index in range(200)]
     train_tokenizer(texts, 320).save_pretrained(folder / "large_tokenizer")
+    without_bos = train_tokenizer(texts, 280)
+    without_bos.bos_token = None
+    without_bos.save_pretrained(folder / "no_bos")
 
 
 def make_saes(folder: Path, planted: Path, weights: dict[str, torch.Tensor]) -> None:

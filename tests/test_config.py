@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from sparsify.base_config import dump_yaml
-from sparsify.config import SAEsConfig, SAETransformerConfig
+from sparsify.config import ReLUSAEs, SAETransformerConfig
 from sparsify.saes.config import ReLUSAEConfig
 
 SAES: dict[str, Any] = {"sae_positions": ["hook_resid_pre"], "dict_size_to_input_ratio": 2}
@@ -12,14 +12,15 @@ SAES: dict[str, Any] = {"sae_positions": ["hook_resid_pre"], "dict_size_to_input
 
 def test_one_name_stands_for_a_list():
     fields = {"sae_positions": "hook_z", "pretrained_sae_paths": "a/b.pt"}
-    config = SAEsConfig.model_validate(SAES | fields)
+    config = ReLUSAEs.model_validate(SAES | fields)
     assert config.sae_positions == ["hook_z"]
     assert config.pretrained_sae_paths == [Path("a/b.pt")]
 
 
 def test_ratio_goes_to_the_sae():
-    config = SAEsConfig.model_validate(SAES | {"dict_size_to_input_ratio": 1.5})
-    assert config.sae == ReLUSAEConfig(dict_size_to_input_ratio=1.5)
+    config = ReLUSAEs.model_validate(SAES | {"dict_size_to_input_ratio": 1.5})
+    assert isinstance(config, ReLUSAEConfig)
+    assert config.dict_size_to_input_ratio == 1.5
 
 
 @pytest.mark.parametrize("model", [{"tlens_model_name": "gpt2"}, {"tlens_model_path": "a/b"}])
@@ -44,7 +45,7 @@ def test_config_reads_back_equal(model: dict[str, str]):
 )
 def test_bad_saes_are_rejected(fields: dict[str, object], message: str):
     with pytest.raises(ValueError, match=message):
-        SAEsConfig.model_validate(SAES | fields)
+        ReLUSAEs.model_validate(SAES | fields)
 
 
 @pytest.mark.parametrize("fields", [{}, {"tlens_model_name": "gpt2", "tlens_model_path": "a"}])

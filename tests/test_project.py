@@ -15,7 +15,10 @@ from typing import Any
 
 import pytest
 
-from sparsify.base_config import read_yaml
+from sparsify.base_config import read_yaml, validate_config
+from sparsify.config import PLACED
+from sparsify.scripts.train_tlens_saes import run_kinds
+from sparsify.scripts.train_tlens_saes.config import Config
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(ROOT.glob("sparsify/scripts/*/run_*.py"))
@@ -29,8 +32,7 @@ def in_root(path: Path) -> str:
 
 
 def script_of(recipe: Path) -> Path:
-    (script,) = recipe.parent.glob("run_*.py")
-    return script
+    return recipe.parent / f"run_{recipe.parent.name}.py"
 
 
 def launch_paths(entry: dict[str, Any]) -> list[str]:
@@ -67,6 +69,15 @@ def test_recipe_is_valid(recipe: Path):
     config_class = importlib.import_module(module).Config
     config = config_class.model_validate(read_yaml(recipe))
     assert config_class.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_each_kind_has_recipes_that_are_valid_and_named_after_it():
+    for mix, kind in itertools.product(run_kinds.MIXES, PLACED):
+        recipe = run_kinds.RECIPES / f"{kind}_{mix}.yaml"
+        config = validate_config(Config, read_yaml(recipe), str(recipe))
+        assert config.wandb_run_name == recipe.stem
+        assert config.saes.kind == kind
+        assert ("logits_kl" in config.loss.terms()) == (mix == "e2e")
 
 
 # README

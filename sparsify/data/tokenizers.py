@@ -76,3 +76,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         eos_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,
     )
+
+
+def bos_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id of the token that begins a text. None: there is none."""
+    token = tokenizer.bos_token_id
+    assert token is None or isinstance(token, int), "lists are for generation configs alone"
+    return token

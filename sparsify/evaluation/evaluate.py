@@ -15,18 +15,16 @@ Logits exist for a chunk of tokens at a time, and codes until the SAE has writte
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 from torch.nn import functional as F
 
 from sparsify.evaluation.firing import FiringCounter
 from sparsify.evaluation.forked_runs import ActSums, ForkedRuns, constant_hooks
 from sparsify.evaluation.metrics import (
-    NO_TARGET,
     cross_entropy,
     explained_variance,
     kl_divergence,
@@ -38,14 +36,20 @@ from sparsify.evaluation.metrics import (
 from sparsify.evaluation.results import Evaluation, PositionEvaluation
 from sparsify.kernels.chunked import fast_chunk_size
 from sparsify.kernels.unembedding import Unembedding
+from sparsify.runs import NO_TARGET
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.acts import SAEActs
+from sparsify.saes.base import eval_mode
+
+Kept = Callable[[Tensor], Tensor]
+"""From the tokens of a batch to which of them count."""
 
 
 def evaluate(
     model: SAETransformer,
     batches: Iterable[Int[Tensor, "_ _"]],
     *,
+    kept: Kept | None = None,
     chunk_size: int | None = None,
 ) -> Evaluation:
     """How good the SAEs of `model` are on some tokens, with all of them spliced in together.
@@ -61,6 +65,7 @@ def evaluate(
         batches: Token ids, of shape `batch pos`, which may differ between them. Read twice, and
             must give the same sequences both times, in any batches and order: a list, or a loader
             that starts again from the same place.
+        kept: Says which tokens count, a boolean for each. None: all.
         chunk_size: Tokens whose logits exist at a time. None takes as many as are fast.
 
     Raises:
@@ -72,10 +77,10 @@ def evaluate(
             f"batches: a {type(batches).__name__} can be read only once, and is read twice here; "
             "give a list of batches, or a loader"
         )
-    with _eval_mode(model):
+    with eval_mode(model):
         runs = ForkedRuns(model)
-        means, n_tokens = _collect_means(runs, batches, _device(model))
-        measurement = _Measurement(runs, means, _device(model), chunk_size)
+        means, n_tokens = _collect_means(runs, batches, kept, _device(model))
+        measurement = _Measurement(runs, means, kept, _device(model), chunk_size)
         for tokens in batches:
             measurement.add(tokens)
         if measurement.n_tokens != n_tokens:
@@ -96,7 +101,10 @@ class _Means:
 
 
 def _collect_means(
-    runs: ForkedRuns, batches: Iterable[Int[Tensor, "_ _"]], device: torch.device
+    runs: ForkedRuns,
+    batches: Iterable[Int[Tensor, "_ _"]],
+    kept: Kept | None,
+    device: torch.device,
 ) -> tuple[_Means, int]:
     """The means over all tokens, and the number of tokens."""
     raw, read = ActSums(), ActSums()
@@ -113,12 +121,14 @@ def _collect_means(
                 f"batches: a sequence of {tokens.shape[1]} tokens has no next token to predict; "
                 "give 2 tokens or more"
             )
-        n_tokens += tokens.numel()
+        on_device = tokens.to(device)
+        raw.kept = read.kept = None if kept is None else kept(on_device)
+        n_tokens += tokens.numel() if raw.kept is None else int(raw.kept.sum())
         with torch.no_grad():
-            prefix = runs.shared_prefix(tokens.to(device))
+            prefix = runs.shared_prefix(on_device)
             runs.suffix(prefix, raw.hooks(runs.positions), runs.last_sae_stop)
             if len(runs.positions) > 1:  # a single SAE reads the raw activation
-                hooks = runs.splice_hooks(lambda position, acts: read.add(position, acts.input))
+                hooks = runs.splice_hooks(lambda position, acts: read.add(position, acts.target))
                 runs.suffix(prefix, hooks, runs.last_sae_stop)
     if n_tokens == 0:
         raise ValueError("batches: hold no tokens; give at least one batch")
@@ -130,11 +140,17 @@ class _Measurement:
     """The sums of the second pass."""
 
     def __init__(
-        self, runs: ForkedRuns, means: _Means, device: torch.device, chunk_size: int | None
+        self,
+        runs: ForkedRuns,
+        means: _Means,
+        kept: Kept | None,
+        device: torch.device,
+        chunk_size: int | None,
     ) -> None:
         runs.model.check_unembedding()
         self.runs = runs
         self.means = means
+        self.kept = kept
         self.device = device
         self.chunk_size = chunk_size
         self.n_samples = self.n_tokens = self.n_predictions = 0
@@ -148,14 +164,16 @@ class _Measurement:
     def add(self, tokens: Int[Tensor, "batch pos"]) -> None:
         """Measure a batch."""
         sums: dict[tuple[str, str], Tensor] = {}
+        on_device = tokens.to(self.device)
+        kept = None if self.kept is None else self.kept(on_device)
 
         def observe(position: str, acts: SAEActs) -> None:
+            acts = acts if kept is None else acts.only(kept)
             self.firings[position].update(acts.c)
             for name, value in sae_sums(acts, self.means.read[position]).items():
                 sums[name, position] = value
 
         with torch.no_grad():
-            on_device = tokens.to(self.device)
             prefix = self.runs.shared_prefix(on_device)
             resids = {
                 "raw": self.runs.suffix(prefix, {}),
@@ -164,15 +182,16 @@ class _Measurement:
                 "mean_ablated": self.runs.suffix(prefix, constant_hooks(self.means.raw)),
             }
             unembed = self.runs.model.unembed
-            of_logits = prediction_sums(resids, on_device, unembed, self.chunk_size)
+            of_logits = prediction_sums(resids, on_device, unembed, self.chunk_size, kept)
             sums |= {(name, ""): value for name, value in of_logits.items()}
             # One transfer from the device for all.
             values = torch.stack([value.float() for value in sums.values()]).tolist()
         for key, value in zip(sums, values, strict=True):
             self.sums[key] += value
         self.n_samples += len(tokens)
-        self.n_tokens += tokens.numel()
-        self.n_predictions += tokens[:, 1:].numel()
+        self.n_tokens += tokens.numel() if kept is None else int(kept.sum())
+        has_next = tokens[:, 1:]
+        self.n_predictions += has_next.numel() if kept is None else int(kept[:, :-1].sum())
 
     def result(self) -> Evaluation:
         """What was measured, over all batches."""
@@ -200,7 +219,7 @@ class _Measurement:
             n_dict=sae.n_dict,
             l0=firings.l0,
             n_alive=firings.n_alive,
-            mse=sums["errors"] / n_tokens / sae.d_act,
+            mse=sums["errors"] / n_tokens / sae.d_out,
             explained_variance=explained_variance(sums["errors"], sums["deviations"]),
             explained_variance_per_token=1 - unexplained,
             explained_variance_per_token_std=max(variance, 0.0) ** 0.5,
@@ -208,13 +227,13 @@ class _Measurement:
         )
 
 
-def sae_sums(acts: SAEActs, mean_input: Float[Tensor, " d_act"]) -> dict[str, Float[Tensor, ""]]:
+def sae_sums(acts: SAEActs, mean_target: Float[Tensor, " d_out"]) -> dict[str, Float[Tensor, ""]]:
     """Sums over tokens of what is measured at one SAE."""
-    input, output = acts.input.float(), acts.output.float()
-    errors = squared_distance(output, input)
-    deviations = squared_distance(input, mean_input)
+    target, output = acts.target.float(), acts.output.float()
+    errors = squared_distance(output, target)
+    deviations = squared_distance(target, mean_target)
     unexplained = unexplained_per_token(errors, deviations)
-    ratios = l2_ratio(output, input)
+    ratios = l2_ratio(output, target)
     return {
         "errors": errors.sum(),
         "deviations": deviations.sum(),
@@ -230,6 +249,7 @@ def prediction_sums(
     tokens: Int[Tensor, "batch pos"],
     unembed: Unembedding,
     chunk_size: int | None,
+    kept: Bool[Tensor, "batch pos"] | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
     """Sums over tokens of what is measured at the logits, of which a chunk exists at a time.
 
@@ -238,12 +258,16 @@ def prediction_sums(
         tokens: What the runs read. The last of a sequence has no cross-entropy.
         unembed: Final norm and unembedding.
         chunk_size: Tokens in a chunk. None takes as many as are fast.
+        kept: Tokens that count. None: all.
 
     Returns:
         `ce_<run>` for each run, and `kl` and `top1_agreement` of the spliced run with the raw one.
     """
     targets = F.pad(tokens[:, 1:].long(), (0, 1), value=NO_TARGET).flatten()
     rows = {name: resid.flatten(end_dim=-2) for name, resid in resids.items()}
+    if kept is not None:
+        targets = targets[kept.flatten()]
+        rows = {name: resid[kept.flatten()] for name, resid in rows.items()}
     size = chunk_size or fast_chunk_size(unembed)
     sums = defaultdict(lambda: torch.zeros((), device=tokens.device))
     for start in range(0, len(targets), size):
@@ -265,14 +289,3 @@ def _log_probs(resid: Tensor, unembed: Unembedding) -> Tensor:
 
 def _device(model: SAETransformer) -> torch.device:
     return next(model.tlens_model.parameters()).device
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in was_training.items():
-            module.training = training

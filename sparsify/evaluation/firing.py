@@ -1,5 +1,8 @@
 """Counts how often each dictionary element fires."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -27,13 +30,26 @@ class FiringCounter:
         if c.shape[-1] != len(self.counts):
             raise ValueError(f"c has {c.shape[-1]} entries per token, expected {len(self.counts)}")
         codes = c.detach().reshape(-1, c.shape[-1])
-        self.counts += torch.count_nonzero(codes, dim=0)
-        self.n_tokens += len(codes)
+        self.add(torch.count_nonzero(codes, dim=0), len(codes))
+
+    def add(self, counts: Int[Tensor, " n_dict"], n_tokens: int) -> None:
+        """Add firings that have been counted."""
+        self.counts += counts
+        self.n_tokens += n_tokens
 
     def reset(self) -> None:
         """Forget all tokens."""
         self.counts.zero_()
         self.n_tokens = 0
+
+    def state_dict(self) -> dict[str, Any]:  # a tensor and a number
+        """The counts."""
+        return {"counts": self.counts, "n_tokens": self.n_tokens}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self.counts.copy_(state["counts"])
+        self.n_tokens = state["n_tokens"]
 
     @property
     def n_alive(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparsify.hook_names import first_block, stop_block
@@ -23,7 +23,7 @@ class ForkedRuns:
         self.splice_hooks = partial(model.splice_hooks, model.raw_sae_positions)
         self.positions = model.raw_sae_positions
         self.model = model.hooked_model
-        self.start = min(map(first_block, self.positions))
+        self.start = min(map(first_block, model.reads.values()))
         self.last_sae_stop = max(map(stop_block, self.positions))
 
     def shared_prefix(self, tokens: Int[Tensor, "batch pos"]) -> Prefix:
@@ -57,11 +57,15 @@ class ActSums:
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
+        self.kept: Bool[Tensor, "batch pos"] | None = None
+        """Tokens of the batch that count. None: all."""
 
     def add(self, position: str, act: Float[Tensor, "batch pos ..."]) -> None:
         """Add the activations of a batch. Heads, if there are, are flattened."""
         # Double precision across batches, on the CPU, as not every device has it.
-        total = act.flatten(start_dim=2).sum(dim=(0, 1), dtype=torch.float32).cpu().double()
+        rows = act.flatten(start_dim=2)
+        rows = rows.flatten(end_dim=1) if self.kept is None else rows[self.kept]
+        total = rows.sum(dim=0, dtype=torch.float32).cpu().double()
         self.sums[position] = self.sums[position] + total if position in self.sums else total
 
     def hooks(self, positions: Iterable[str]) -> dict[str, Hook]:

@@ -14,8 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-NO_TARGET = -100
-"""In place of the token that follows, where none does."""
+from sparsify.runs import NO_TARGET
 
 
 def l2_ratio(

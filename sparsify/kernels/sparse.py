@@ -1,18 +1,19 @@
-"""What a ReLU SAE needs only where its code is not zero: decoding and all gradients.
+"""What an SAE needs only where its code is not zero: decoding and all gradients.
 
-Of the code c = relu(W input + b) a token uses some tens of many thousand entries. With e_j the
-dictionary elements as the optimizer left them, n_j = max(|e_j|, EPS), s_tj = c_tj / n_j, g the
-gradient of the output, h that of the code from elsewhere (a sparsity term), and sums over active
-entries alone,
+Of the code c, which is W input + b where it is not zero, a token uses some tens of many thousand
+entries. With e_j the dictionary elements as the optimizer left them, n_j = max(|e_j|, EPS),
+s_tj = c_tj / n_j, g the gradient of the output, h that of the code from elsewhere (a sparsity
+term), and sums over active entries alone,
 
     output_t     = sum_j s_tj e_j + b_dec
-    a_tj         = g_t . e_j / n_j + h_tj                    the gradient before the ReLU
+    a_tj         = g_t . e_j / n_j + h_tj                    the gradient before the activation
     dL/dW_j      = sum_t a_tj input_t
     dL/db_j      = sum_t a_tj
     dL/dinput_t  = sum_j a_tj W_j
     dL/de_j      = sum_t s_tj g_t - e_j / n_j^2 sum_t s_tj g_t . e_j
 
-The last term comes from the norm, and is absent where EPS replaces it. Nothing of the size of the
+The last term comes from the norm, and is absent where EPS replaces it. Elements that are held at
+unit norm are used as they are: n_j is 1 and the last term absent. Nothing of the size of the
 decoder is computed. Gradients cannot be differentiated again.
 
 Dimensions: `token` is all leading dimensions of the input in one, `entry` the active entries of a
@@ -88,14 +89,14 @@ class ActiveEntries:
         )
 
     def sums_by_token(
-        self, values: Float[Tensor, " entry"], rows: Float[Tensor, "n_dict d_act"]
-    ) -> Float[Tensor, "token d_act"]:
+        self, values: Float[Tensor, " entry"], rows: Float[Tensor, "n_dict width"]
+    ) -> Float[Tensor, "token width"]:
         """For each token, the sum of values times rows of elements."""
         return _weighted_sums(rows, self.element, self.token_start, values)
 
     def sums_by_element(
-        self, values: Float[Tensor, " entry"], rows: Float[Tensor, "token d_act"]
-    ) -> Float[Tensor, "active d_act"]:
+        self, values: Float[Tensor, " entry"], rows: Float[Tensor, "token width"]
+    ) -> Float[Tensor, "active width"]:
         """For each active element, the sum of values times rows of tokens."""
         order = self.by_element
         return _weighted_sums(rows, self.token.take(order), self.active_start, values.take(order))
@@ -105,7 +106,7 @@ class ActiveEntries:
         return values.new_zeros(n_dict).index_add_(0, self.element, values)
 
     def dots(
-        self, of_token: Float[Tensor, "token d_act"], of_element: Float[Tensor, "n_dict d_act"]
+        self, of_token: Float[Tensor, "token width"], of_element: Float[Tensor, "n_dict width"]
     ) -> Float[Tensor, " entry"]:
         """For each entry, the dot product of the rows of its token and its element."""
         _trigger_beta_warning()
@@ -145,27 +146,30 @@ def decode_active(
     input: Float[Tensor, "*sample d_act"],
     encoder_weight: Float[Tensor, "n_dict d_act"],
     encoder_bias: Float[Tensor, " n_dict"],
-    elements: Float[Tensor, "n_dict d_act"],
-    decoder_bias: Float[Tensor, " d_act"],
+    elements: Float[Tensor, "n_dict d_out"],
+    decoder_bias: Float[Tensor, " d_out"],
     *,
+    is_unit_norm: bool = False,
     row_sparse_grads: bool = False,
-) -> tuple[Float[Tensor, "*sample n_dict"], Float[Tensor, "*sample d_act"]]:
+) -> tuple[Float[Tensor, "*sample n_dict"], Float[Tensor, "*sample d_out"]]:
     """The code, and the sum of unit-norm dictionary elements that it stands for, plus the bias.
 
     Args:
         entries: The active entries of `c`.
-        c: relu(encoder_weight input + encoder_bias). Its own graph is not used: gradients of what
-            is returned go directly to the other tensors.
-        input: What the SAE read.
+        c: A code whose active entries are those of encoder_weight input + encoder_bias. Its own
+            graph is not used: gradients of what is returned go directly to the other tensors.
+        input: What the encoder read.
         encoder_weight: The encoder's weight.
         encoder_bias: The encoder's bias.
-        elements: Dictionary elements of any norm.
+        elements: Dictionary elements.
         decoder_bias: The decoder's bias.
+        is_unit_norm: Elements are used as they are. If not, they are scaled to unit norm first.
         row_sparse_grads: The gradients of the two matrices are sparse COO tensors that hold the
             rows of active elements alone.
     """
     c_rows, output = _DecodeActive.apply(
         entries,
+        is_unit_norm,
         row_sparse_grads,
         c.detach().reshape(-1, c.shape[-1]),
         input.reshape(-1, input.shape[-1]),
@@ -174,7 +178,7 @@ def decode_active(
         elements,
         decoder_bias,
     )
-    return c_rows.view_as(c), output.view_as(input)
+    return c_rows.view_as(c), output.view(*c.shape[:-1], output.shape[-1])
 
 
 class _DecodeActive(torch.autograd.Function):
@@ -182,6 +186,7 @@ class _DecodeActive(torch.autograd.Function):
     def forward(
         ctx: Any,  # torch's stub does not declare what a context keeps
         entries: ActiveEntries,
+        is_unit_norm: bool,
         row_sparse_grads: bool,
         c: Tensor,
         input: Tensor,
@@ -190,8 +195,10 @@ class _DecodeActive(torch.autograd.Function):
         elements: Tensor,
         decoder_bias: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        norms = _norms(elements, entries.active)
-        scaled = c.take(entries.place) / norms.take(entries.element)
+        scaled, norms = c.take(entries.place), None
+        if not is_unit_norm:
+            norms = _norms(elements, entries.active)
+            scaled /= norms.take(entries.element)
         ctx.save_for_backward(input, encoder_weight, elements, norms, scaled)
         ctx.set_materialize_grads(False)
         ctx.entries, ctx.row_sparse_grads = entries, row_sparse_grads
@@ -205,11 +212,12 @@ class _DecodeActive(torch.autograd.Function):
         input, encoder_weight, elements, norms, scaled = ctx.saved_tensors
         entries: ActiveEntries = ctx.entries
         n_dict = len(elements)
-        g = torch.zeros_like(input) if grad_output is None else grad_output.contiguous()
+        no_grad = elements.new_zeros(len(input), elements.shape[1])
+        g = no_grad if grad_output is None else grad_output.contiguous()
         dots = entries.dots(g, elements)
-        a = dots / norms.take(entries.element)
+        a = dots if norms is None else dots / norms.take(entries.element)
         if grad_c is not None:
-            a += grad_c.take(entries.place)
+            a = a + grad_c.take(entries.place)
 
         def of_rows(rows: Tensor) -> Tensor:
             return _from_rows(rows, entries.active, n_dict, ctx.row_sparse_grads)
@@ -221,15 +229,22 @@ class _DecodeActive(torch.autograd.Function):
             lambda: of_rows(_element_grads(entries, g, elements, norms, scaled, dots)),
             lambda: g.sum(dim=0),
         )
-        needs = ctx.needs_input_grad[3:]
+        needs = ctx.needs_input_grad[4:]
         wanted = (grad() if need else None for grad, need in zip(grads, needs, strict=True))
-        return None, None, None, *wanted
+        return None, None, None, None, *wanted
 
 
 def _element_grads(
-    entries: ActiveEntries, g: Tensor, elements: Tensor, norms: Tensor, scaled: Tensor, dots: Tensor
+    entries: ActiveEntries,
+    g: Tensor,
+    elements: Tensor,
+    norms: Tensor | None,
+    scaled: Tensor,
+    dots: Tensor,
 ) -> Tensor:
     rows = entries.sums_by_element(scaled, g)
+    if norms is None:
+        return rows
     along = entries.totals(scaled * dots, len(elements)) / norms.square()
     along = torch.where(norms > EPS, along, 0)[entries.active, None]
     blocks = zip(*(t.split(BLOCK_ROWS) for t in (rows, along, entries.active)), strict=True)

@@ -1,12 +1,15 @@
 """What every kind of SAE has in common.
 
 Dimensions: `*sample` is any leading batch and position dimensions, `d_act` the width of the
-hooked activation, `n_dict` the number of dictionary elements.
+hooked activation, `d_out` that of what is written (the same but for a transcoder), `n_dict` the
+number of dictionary elements.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sparsify.saes.acts import SAEActs
@@ -19,25 +22,76 @@ class SAE(nn.Module, ABC):
     """Whether gradients of matrices may be sparse COO tensors, which hold the rows of active
     elements alone. The optimizer must take them, as that of `build_adam` does."""
 
-    def __init__(self, d_act: int, n_dict: int) -> None:
+    other_weights: tuple[float, ...] = ()
+    """Weight of each of the other outputs: what else is trained to stand in for the activation,
+    such as that of a part of the dictionary. Errors of the output itself have weight 1."""
+
+    def __init__(self, d_act: int, n_dict: int, d_out: int | None = None) -> None:
         super().__init__()
         self.d_act = d_act
         self.n_dict = n_dict
+        self.d_out = d_out or d_act
 
     @abstractmethod
     def encode(self, input: Float[Tensor, "*sample d_act"]) -> Float[Tensor, "*sample n_dict"]:
         """The sparse code `c` of an activation."""
 
     @abstractmethod
-    def decode(self, c: Float[Tensor, "*sample n_dict"]) -> Float[Tensor, "*sample d_act"]:
+    def decode(self, c: Float[Tensor, "*sample n_dict"]) -> Float[Tensor, "*sample d_out"]:
         """The activation that a sparse code stands for."""
 
     @property
     @abstractmethod
-    def dict_elements(self) -> Float[Tensor, "n_dict d_act"]:
+    def dict_elements(self) -> Float[Tensor, "n_dict d_out"]:
         """The directions that the code's entries write, each of unit norm."""
 
     def forward(self, input: Float[Tensor, "*sample d_act"]) -> SAEActs:
         """The input, its code and its reconstruction."""
         c = self.encode(input)
         return SAEActs(input=input, c=c, output=self.decode(c))
+
+    def other_output(self, acts: SAEActs, index: int) -> Float[Tensor, "*sample d_out"]:
+        """The other output whose weight is `other_weights[index]`."""
+        raise NotImplementedError(f"{type(self).__name__} has no other outputs")
+
+    def learn_from(self, acts: SAEActs) -> None:
+        """Learn from a training batch what no gradient teaches."""
+
+    def project_gradients(self) -> None:
+        """Take out of the gradients what the SAE's constraints would undo. Before each step."""
+
+    def restore_constraints(self) -> None:
+        """Bring the parameters back to where the SAE's constraints hold. After each step."""
+
+    def element_parameters(self) -> list[nn.Parameter]:
+        """Parameters with a row for each dictionary element."""
+        raise NotImplementedError(f"elements of {type(self).__name__} cannot be made anew")
+
+    def reset_elements(
+        self,
+        index: Int[Tensor, " some"],
+        inputs: Float[Tensor, "some d_act"],
+        targets: Float[Tensor, "some d_out"],
+        mean_input: Float[Tensor, " d_act"],
+    ) -> None:
+        """Make elements anew, each to read an input and write its target.
+
+        Args:
+            index: Which elements.
+            inputs: What each is to read.
+            targets: What each is to write.
+            mean_input: Mean of all inputs.
+        """
+        raise NotImplementedError(f"elements of {type(self).__name__} cannot be made anew")
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """A context in which the modules of a model are in eval mode; then each is as it was."""
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in was_training.items():
+            module.training = training

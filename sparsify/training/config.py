@@ -13,6 +13,34 @@ NEWEST_RUN = "newest"
 """As `resume`, the newest run in save_dir."""
 
 
+class DeadElementsConfig(BaseConfig):
+    """When a dictionary element counts as dead."""
+
+    after_n_tokens: Count
+    """Tokens on which an element has not fired when it counts as dead."""
+    min_density: float = Field(default=0.0, ge=0, lt=1)
+    """An element is dead too if it fired on a smaller share of the last whole stretch of
+    after_n_tokens tokens."""
+
+
+class ResamplingConfig(BaseConfig):
+    """When dead elements are made anew from badly reconstructed inputs."""
+
+    every_n_samples: Count
+    """Samples between two resamplings."""
+    until_n_samples: Count
+    """Samples after which there are no more, so that the last new elements have time to learn."""
+
+    @model_validator(mode="after")
+    def _there_is_one(self) -> Self:
+        if self.until_n_samples < self.every_n_samples:
+            raise ValueError(
+                f"until_n_samples ({self.until_n_samples}) is below every_n_samples "
+                f"({self.every_n_samples}), so there is no resampling; raise it"
+            )
+        return self
+
+
 class TrainingConfig(BaseConfig):
     """Settings of one training run. A script's `Config` inherits them and adds its own.
 

@@ -49,10 +49,7 @@ class FiringWindows:
 
     def state_dict(self) -> dict[str, Any]:  # of several types
         """What the next counts depend on, besides the number of samples."""
-        counters = {
-            position: {"counts": counter.counts, "n_tokens": counter.n_tokens}
-            for position, counter in self.counters.items()
-        }
+        counters = {position: counter.state_dict() for position, counter in self.counters.items()}
         return {"is_open": self.is_open, "counters": counters}
 
     def load_state_dict(self, state: Mapping[str, Any], n_samples: int) -> None:
@@ -60,5 +57,4 @@ class FiringWindows:
         self.is_open = state["is_open"]
         self.begins = Every(self.begins.period, n_samples)
         for position, content in state["counters"].items():
-            self.counters[position].counts.copy_(content["counts"])
-            self.counters[position].n_tokens = content["n_tokens"]
+            self.counters[position].load_state_dict(content)

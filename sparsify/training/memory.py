@@ -54,12 +54,15 @@ def estimate_memory(
     trained = [p for sae in saes for p in sae.parameters() if p.requires_grad]
     gradients = n_bytes(trained)
     # What an SAE reads and writes; its code before and behind the ReLU, and the code's gradient.
-    sae_floats = sum(2 * sae.d_act + 3 * sae.n_dict for sae in saes)
+    sae_floats = sum(sae.d_act + sae.d_out + 3 * sae.n_dict for sae in saes)
     cfg = model.tlens_model.cfg
     # What the backward pass needs of a block: the inputs of both norms, queries, keys, values and z
     # of attention, and the MLP before its activation. Runs without gradients keep nothing.
     block_floats = 6 * cfg.d_model + (cfg.d_mlp or 0)
     n_blocks = 0 if plan.is_local else plan.spliced_stop - plan.start
+    # Other outputs of the SAEs take a spliced run of their own, which the backward pass needs too.
+    if saes[0].other_weights and not plan.is_local:
+        n_blocks, sae_floats = 2 * n_blocks, 2 * sae_floats
     kept = len(plan.raw_positions) + len(plan.spliced_positions) + 2 * plan.needs_logits
     parameter = next(model.tlens_model.parameters())
     terms = {

@@ -1,7 +1,7 @@
 """Optimizer steps: gradients of several batches averaged, clipped and applied."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
@@ -9,6 +9,16 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+
+class Constrained(Protocol):
+    """Has parameters that are held to constraints."""
+
+    def project_gradients(self) -> None:
+        """Take out of the gradients what would break them."""
+
+    def restore_constraints(self) -> None:
+        """Have the parameters satisfy them."""
 
 
 class GradientStepper:
@@ -23,6 +33,8 @@ class GradientStepper:
         schedulers: Stepped after the optimizers.
         n_accumulation_steps: Batches in one step.
         max_grad_norm: Gradients of a larger total norm are scaled down to it. None never clips.
+        constrained: Modules that are held to constraints: what would break them is taken out of the
+            gradients, and after each step they hold again.
         before_step: Called with the gradient's norm before each optimizer step, which it can
             prevent by raising.
     """
@@ -35,6 +47,7 @@ class GradientStepper:
         *,
         n_accumulation_steps: int = 1,
         max_grad_norm: float | None = None,
+        constrained: Sequence[Constrained] = (),
         before_step: Callable[[Tensor], None] | None = None,
     ) -> None:
         self.parameters = list(parameters)
@@ -42,6 +55,7 @@ class GradientStepper:
         self.schedulers = schedulers
         self.n_accumulation_steps = n_accumulation_steps
         self.max_grad_norm = max_grad_norm
+        self.constrained = constrained
         self.before_step = before_step
         self.n_steps = 0
         self._n_batches_in_step = 0
@@ -64,6 +78,8 @@ class GradientStepper:
         self._n_batches_in_step += 1
         if self._n_batches_in_step < self.n_accumulation_steps:
             return None
+        for module in self.constrained:
+            module.project_gradients()
         grads = self.gradients()
         values = [grad.values() if grad.is_sparse else grad for grad in grads]
         grad_norm = get_total_norm(values)
@@ -79,6 +95,8 @@ class GradientStepper:
                 value.mul_(scale)
         for stepped in (*self.optimizers, *self.schedulers):
             stepped.step()
+        for module in self.constrained:
+            module.restore_constraints()
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         return grad_norm

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import bad_files
+import bad_kinds
 import bad_runs
 import bad_settings
 import pytest
@@ -39,6 +40,7 @@ class Case:
 CASES = {
     **{name: Case(m, make_text=make) for name, (make, m) in bad_settings.TEXTS.items()},
     **{name: Case(m, s) for name, (s, m) in bad_settings.SETTINGS.items()},
+    **{name: Case(m, s) for name, (s, m) in bad_kinds.KINDS.items()},
     **{name: Case(m, arguments=a) for name, (a, m) in bad_settings.ARGUMENTS.items()},
     **{name: Case(m, s) for name, (s, m) in bad_files.SETTINGS.items()},
     **{

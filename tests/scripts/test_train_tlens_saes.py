@@ -16,7 +16,7 @@ from sparsify import SAETransformer
 from sparsify.base_config import UserError
 from sparsify.evaluation.results import Evaluation
 from sparsify.losses import total_loss
-from sparsify.scripts.train_tlens_saes import train
+from sparsify.scripts.train_tlens_saes import train, trainer
 from sparsify.scripts.train_tlens_saes.run_train_tlens_saes import main
 from sparsify.training import sinks
 from sparsify.training.sinks import Sink
@@ -166,7 +166,7 @@ def test_a_gradient_that_is_not_finite_is_not_stepped_with(
         loss.register_hook(lambda grad: grad * torch.inf)
         return loss, terms
 
-    monkeypatch.setattr(train, "total_loss", steep_loss)
+    monkeypatch.setattr(trainer, "total_loss", steep_loss)
     assert run(config, tmp_path) == 2
     assert re.search(
         r"grad_norm is (nan|inf) after 4 samples, before the optimizer step; set max_grad_norm and",

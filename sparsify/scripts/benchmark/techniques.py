@@ -27,7 +27,7 @@ _PLAIN_WAYS: dict[str, list[Any]] = {
     ],
     "chunked-kl": [patch("sparsify.kernels.chunked.chunked_kl", full_kl)],
     "fused-blocks": [patch.object(FusedBlocks, "is_plain", lambda self: False)],
-    "sparse-sae": [patch("sparsify.saes.relu.find_active", lambda c, d_act: None)],
+    "sparse-sae": [patch("sparsify.saes.linear.find_active", lambda c, d_act: None)],
     "row-sparse-adam": [
         patch(
             "sparsify.kernels.sparse._from_rows",

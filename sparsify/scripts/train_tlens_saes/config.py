@@ -7,8 +7,9 @@ from pydantic import model_validator
 from sparsify.base_config import Count
 from sparsify.config import SAETransformerConfig
 from sparsify.data.config import DataConfig
-from sparsify.losses import LossConfig
-from sparsify.training.config import TrainingConfig
+from sparsify.losses import LossConfig, check_loss_suits_kind
+from sparsify.token_mask import IgnoredTokens
+from sparsify.training.config import DeadElementsConfig, ResamplingConfig, TrainingConfig
 
 DEFAULT_ACT_FREQUENCY_N_TOKENS = 500_000
 MAX_MODEL_NAME = 100
@@ -23,6 +24,15 @@ class Config(SAETransformerConfig, TrainingConfig):
     """What the SAEs are trained on."""
     eval_data: DataConfig | None = None
     """Held-out text. null: no evaluation."""
+    ignored_tokens: IgnoredTokens | None = None
+    """Tokens that losses and metrics leave out. null: none."""
+    decoder_bias: Literal["mean", "geometric_median"] | None = None
+    """What the decoder's bias starts as: the middle of the activations of the first batch. null: as
+    the kind has it."""
+    dead_elements: DeadElementsConfig | None = None
+    """When an element counts as dead. null: nobody keeps count."""
+    resampling: ResamplingConfig | None = None
+    """When dead elements are made anew. null: never."""
     collect_act_frequency_every_n_samples: Count | None = None
     """Samples between two counts of alive dictionary elements. null: no counts in training."""
     act_frequency_n_tokens: Count = DEFAULT_ACT_FREQUENCY_N_TOKENS
@@ -64,6 +74,69 @@ class Config(SAETransformerConfig, TrainingConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _loss_suits_the_kind(self) -> Self:
+        check_loss_suits_kind(self.loss, self.saes)
+        if self.decoder_bias is not None and not self.saes.has_decoder_bias:
+            raise ValueError(
+                f"decoder_bias ({self.decoder_bias}): SAEs of kind '{self.saes.kind}' have none; "
+                "remove it"
+            )
+        if self.decoder_bias is not None and self.saes.pretrained_sae_paths:
+            raise ValueError(
+                f"decoder_bias ({self.decoder_bias}) would overwrite that of pretrained_sae_paths; "
+                "remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _dead_elements_are_counted_if_they_are_used(self) -> Self:
+        users = {"resampling": self.resampling}
+        users |= {
+            f"loss.{name}": term for name, term in self.loss.terms().items() if term.needs_dead
+        }
+        used_by = [name for name, user in users.items() if user is not None]
+        if used_by and self.dead_elements is None:
+            raise ValueError(
+                f"{used_by[0]} works on dead elements; say when one is dead with "
+                "dead_elements.after_n_tokens"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _some_predictions_count(self) -> Self:
+        first_n = self.ignored_tokens.first_n if self.ignored_tokens else 0
+        for name, data in (("train_data", self.train_data), ("eval_data", self.eval_data)):
+            if data is not None and first_n > 0 and first_n > data.n_ctx - 2:
+                raise ValueError(
+                    f"ignored_tokens.first_n ({first_n}) leaves no next token to predict in "
+                    f"sequences of {data.n_ctx} ({name}.n_ctx); lower it"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _changes_come_in_time(self) -> Self:
+        for name, term in self.loss.terms().items():
+            warmup = term.schedule.warmup_samples if term.schedule else 0
+            if warmup >= self.n_samples:
+                raise ValueError(
+                    f"loss.{name}.schedule.warmup_samples ({warmup}) must be below n_samples "
+                    f"({self.n_samples}), or the coefficient never reaches its value"
+                )
+        n_tokens = self.n_samples * self.train_data.n_ctx
+        if self.dead_elements and self.dead_elements.after_n_tokens >= n_tokens:
+            raise ValueError(
+                f"dead_elements.after_n_tokens ({self.dead_elements.after_n_tokens}) is not below "
+                f"the {n_tokens} tokens of the run, so no element is ever dead; lower it"
+            )
+        every = self.resampling.every_n_samples if self.resampling else 0
+        if every > self.n_samples:
+            raise ValueError(
+                f"resampling.every_n_samples ({every}) is above n_samples ({self.n_samples}), so "
+                "there is no resampling; lower it"
+            )
+        return self
+
     def default_run_name(self) -> str:
         """A name made from the settings that matter."""
         kind = "local"
@@ -74,6 +147,10 @@ class Config(SAETransformerConfig, TrainingConfig):
         model = str(self.tlens_model_name or self.tlens_model_path).strip("/").replace("/", "-")
         model = model[-MAX_MODEL_NAME:].strip("-")  # the end of a long path tells more
         sparsity = f"-sparsity-{self.loss.sparsity.coeff:g}" if self.loss.sparsity else ""
+        if self.saes.kind != "relu":
+            kind = f"{self.saes.kind}-{kind}"
+        if (k := getattr(self.saes, "k", None)) is not None:
+            sparsity = f"-k-{k}{sparsity}"
         return (
             f"{model}-{kind}-ratio-{self.saes.dict_size_to_input_ratio:g}-lr-{self.lr:g}{sparsity}"
         )

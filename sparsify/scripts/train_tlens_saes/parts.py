@@ -42,11 +42,12 @@ def open_parts(config: Config) -> Parts:
     set_seed(config.seed)
     model = build_sae_transformer(config, resolve_device(config.device))
     set_precision(model, config.mixed_precision)
+    check_target_l0(config, model)
     if config.compile:
         compile_kernels(model)
     return Parts(
         model=model,
-        plan=derive_plan(model.hooked_model, model.raw_sae_positions, config.loss),
+        plan=derive_plan(model.hooked_model, model.raw_sae_positions, config.loss, model.reads),
         loader=open_data(config, config.train_data, model.tlens_model),
         eval_batches=load_eval_batches(config, model.tlens_model),
     )
@@ -65,6 +66,18 @@ def open_data(
         model_n_ctx=model.cfg.n_ctx,
         num_workers=num_workers,
     )
+
+
+def check_target_l0(config: Config, model: SAETransformer) -> None:
+    """Raise a `UserError` if more elements are to be active than there are."""
+    target = config.loss.sparsity.target_l0 if config.loss.sparsity else None
+    for position in model.raw_sae_positions:
+        n_dict = model.saes.at(position).n_dict
+        if target is not None and target > n_dict:
+            raise UserError(
+                f"loss.sparsity.target_l0 ({target:g}) is above the number of dictionary elements "
+                f"at '{position}', {n_dict}; lower it"
+            )
 
 
 def find_tokenizer(data: DataConfig, model: TLensModel) -> PreTrainedTokenizerBase | None:

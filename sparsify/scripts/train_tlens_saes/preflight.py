@@ -8,12 +8,14 @@ from sparsify.saved_runs import add_saes, load_model
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.scripts.train_tlens_saes.parts import (
     Parts,
+    check_target_l0,
     find_tokenizer,
     load_eval_batches,
     open_data,
     trained_parameters,
 )
-from sparsify.scripts.train_tlens_saes.train import Trainer, find_checkpoint
+from sparsify.scripts.train_tlens_saes.train import find_checkpoint
+from sparsify.scripts.train_tlens_saes.trainer import Trainer
 from sparsify.training.compilation import compile_kernels
 from sparsify.training.finite import check_loss
 from sparsify.training.memory import check_memory, estimate_memory, explained_out_of_memory, remedy
@@ -82,8 +84,12 @@ class _CheckedParts:
 
     def check_plan(self) -> str:
         self.plan = derive_plan(
-            self.model.hooked_model, self.model.raw_sae_positions, self.config.loss
+            self.model.hooked_model,
+            self.model.raw_sae_positions,
+            self.config.loss,
+            self.model.reads,
         )
+        check_target_l0(self.config, self.model)
         terms = " + ".join(self.config.loss.terms())
         last = max(self.plan.raw_stop, self.plan.spliced_stop)
         end = f"of {self.model.hooked_model.n_blocks} blocks, {last} are run"
@@ -138,8 +144,8 @@ class _CheckedParts:
                 trainer.resume(self.checkpoint)
 
         def step() -> float:
-            runs = trainer.model.run(trainer.on_device(self.tokens), trainer.plan)
-            loss, terms = total_loss(self.config.loss, runs)
+            runs = trainer.run(self.tokens)
+            loss, terms = total_loss(self.config.loss, runs, trainer.coefficients.factor)
             check_loss(loss, terms, self.tokens, self.n_samples_done, None, is_watched=True)
             loss.backward()
             trainer.model.zero_grad()

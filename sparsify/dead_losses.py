@@ -1,0 +1,60 @@
+"""Losses that train dead dictionary elements: those that do not fire, and so get no gradient.
+
+Dimensions: `*sample` is any leading batch and position dimensions, `n_dict` the number of
+dictionary elements.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsify.loss_functions import normalised_mse
+from sparsify.saes.acts import SAEActs
+from sparsify.saes.base import SAE
+from sparsify.saes.jumprelu import JumpReLUSAE
+from sparsify.saes.linear import LinearSAE
+from sparsify.saes.topk import keep_largest
+
+
+def aux_k(
+    sae: SAE, acts: SAEActs, dead: Bool[Tensor, " n_dict"], k: int | None = None
+) -> Float[Tensor, ""]:
+    """Error of the k largest dead elements of each sample in predicting what the SAE leaves out.
+
+    With e = target - output, which has no gradient, and e_dead what the k dead elements with the
+    largest positive pre-activations write, it is the sum of |e - e_dead|^2, divided by that of
+    |e - mean e|^2 (Gao et al. 2024, arXiv:2406.04093, section A.2). It has no unit, so that one
+    coefficient serves beside an error of activations and beside a KL. In an end-to-end mix, too, it
+    points dead elements to what is left out of the activation, whether or not the model uses that;
+    once they fire, the other terms decide what they become.
+
+    0 if no element is dead.
+
+    Args:
+        sae: Whose elements.
+        acts: What it did.
+        dead: Which elements are dead.
+        k: How many are used on a sample. None: half the width of the activation.
+    """
+    assert isinstance(sae, LinearSAE), "a config with another kind is refused"
+    index = dead.nonzero().flatten()
+    if len(index) == 0:
+        return torch.zeros((), device=dead.device)
+    error = (acts.target - acts.output).detach()
+    pre_acts = sae.pre_acts_of(acts.input, index)
+    c = keep_largest(pre_acts, min(k or max(1, sae.d_act // 2), len(index)))
+    return normalised_mse(F.linear(c, sae.dict_elements[index].T), error)
+
+
+def pre_act(sae: SAE, acts: SAEActs, dead: Bool[Tensor, " n_dict"]) -> Float[Tensor, ""]:
+    """Sum over dead elements of relu(threshold - pre-activation), averaged over samples, / d_act.
+
+    Its gradient pulls dead elements up to firing on everything a little, until they do (Anthropic
+    2025, https://transformer-circuits.pub/2025/january-update, there over all elements). 0 if no
+    element is dead.
+    """
+    assert isinstance(sae, JumpReLUSAE), "a config with another kind is refused"
+    index = dead.nonzero().flatten()
+    below = sae.threshold[index] - sae.pre_acts_of(acts.input, index)
+    return below.relu().sum(dim=-1).mean() / sae.d_act

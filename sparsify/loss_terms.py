@@ -1,0 +1,306 @@
+"""The terms that a loss is made of.
+
+Each is a config that says what it needs of the forward passes and can compute itself from them. To
+add one, write its class here, give it a field on `sparsify.losses.LossConfig` and a test with a
+value worked out by hand. Nothing else needs to change. The math is in `sparsify.loss_functions` and
+`sparsify.dead_losses`, which are imported when a loss is computed, so that a config can be read
+without loading torch.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Field, NonNegativeInt, field_validator, model_validator
+
+from sparsify.base_config import BaseConfig, Count, PositiveFinite, listed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparsify.runs import Runs
+
+Coeff = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class CoeffSchedule(BaseConfig):
+    """How a coefficient changes in training: a linear rise from 0, then a line to its end."""
+
+    warmup_samples: NonNegativeInt = 0
+    """Samples over which the coefficient rises linearly from 0 to its value."""
+    end_factor: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """What the coefficient is multiplied by at the end; it gets there linearly after the warmup."""
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> Self:
+        if self.warmup_samples == 0 and self.end_factor == 1:
+            raise ValueError("changes nothing; set warmup_samples or end_factor, or remove it")
+        return self
+
+    def factor(self, n_done: int, n_samples: int) -> float:
+        """What the coefficient is multiplied by after `n_done` of `n_samples`."""
+        if n_done < self.warmup_samples:
+            return n_done / self.warmup_samples
+        progress = (n_done - self.warmup_samples) / max(1, n_samples - self.warmup_samples)
+        return 1 + (self.end_factor - 1) * min(1.0, progress)
+
+
+class LossTerm(BaseConfig, ABC):
+    """A term of the loss: what it needs, its value, and the weight of that value."""
+
+    schedule: CoeffSchedule | None = None
+    """How the coefficient changes in training. null: it does not."""
+
+    needs_logits: ClassVar[bool] = False
+    """The runs must go to the last block and keep the final residual stream."""
+
+    needs_spliced_run: ClassVar[bool] = True
+    """The value depends on the model behind or between the SAEs. A sum of terms that do without
+    needs no spliced run: each SAE reads the raw activation."""
+
+    measures_error: ClassVar[bool] = True
+    """The value says how well the outputs stand in for the activations. Where SAEs have other
+    outputs, it is that of these too."""
+
+    needs_dead: ClassVar[bool] = False
+    """It is known which elements are dead."""
+
+    @property
+    @abstractmethod
+    def position_coeff(self) -> float:
+        """The weight of the value at each position. At zero it is computed but does not train."""
+
+    def raw_positions(self, sae_positions: Sequence[str]) -> list[str]:
+        """Positions at which the raw run must keep activations."""
+        return []
+
+    def spliced_positions(self, sae_positions: Sequence[str]) -> list[str]:
+        """Positions at which the spliced run must keep activations, beyond what the SAEs keep."""
+        return []
+
+    @abstractmethod
+    def calc(self, runs: "Runs") -> "dict[str, Tensor]":
+        """Scalar by position, without the coefficient. The key is "" if it has no position."""
+
+
+class CoeffTerm(LossTerm):
+    """A term whose coefficient weighs the value at each position."""
+
+    coeff: Coeff
+    """Weight of the term. At zero it is computed and logged but does not train."""
+
+    @property
+    def position_coeff(self) -> float:
+        """The coefficient."""
+        return self.coeff
+
+
+class SparsityLoss(CoeffTerm):
+    """Mean penalty of the code, by default its p-norm, divided by the width of the activation."""
+
+    needs_spliced_run: ClassVar[bool] = False
+    measures_error: ClassVar[bool] = False
+
+    penalty: Literal["p_norm", "tanh", "log", "l0"] = "p_norm"
+    """p_norm: the p-norm. tanh: sum of tanh(c / scale). log: sum of log(1 + c / scale). l0: the
+    number of active elements, with JumpReLU's straight-through gradient."""
+    p_norm: PositiveFinite = 1.0
+    """Exponent of the norm."""
+    scale: PositiveFinite = 1.0
+    """Of penalties tanh and log: activations of about this size are where they bend."""
+    target_l0: PositiveFinite | None = None
+    """Active elements per token that a controller moves the coefficient to reach, from `coeff`.
+    null: the coefficient stays."""
+
+    def calc(self, runs: "Runs") -> "dict[str, Tensor]":
+        """See `sparsify.loss_functions.sparsity` and its neighbours."""
+        from sparsify.loss_functions import active_share, concave_sparsity, sparsity
+
+        values: dict[str, Tensor] = {}
+        for position, acts in runs.sae_acts.items():
+            c, d_act = acts.penalised, acts.input.shape[-1]
+            if self.penalty == "l0":
+                values[position] = active_share(runs.saes[position], acts)
+            elif self.penalty == "p_norm":
+                values[position] = sparsity(c, d_act, self.p_norm)
+            else:
+                values[position] = concave_sparsity(c / self.scale, d_act, self.penalty)
+        return values
+
+    @model_validator(mode="after")
+    def _settings_are_of_the_penalty(self) -> Self:
+        of = {"p_norm": ("p_norm",), "scale": ("tanh", "log")}
+        for name, penalties in of.items():
+            if name in self.model_fields_set and self.penalty not in penalties:
+                if getattr(self, name) == type(self).model_fields[name].default:
+                    continue
+                raise ValueError(
+                    f"{name} ({getattr(self, name)}) belongs to penalty {' and '.join(penalties)}, "
+                    f"not to '{self.penalty}'; remove it"
+                )
+        if self.target_l0 is not None and self.coeff == 0:
+            raise ValueError(
+                "coeff (0) is where the controller of target_l0 starts, and it multiplies; set it "
+                "above 0"
+            )
+        return self
+
+
+class OutToInLoss(CoeffTerm):
+    """Mean squared error between what an SAE writes and what stood there: what it read.
+
+    For a transcoder it is the activation in whose place it writes. Neither side is detached: with
+    several SAEs the gradient also reaches the earlier ones.
+    """
+
+    needs_spliced_run: ClassVar[bool] = False
+
+    def calc(self, runs: "Runs") -> "dict[str, Tensor]":
+        """See `sparsify.loss_functions.mse`."""
+        from sparsify.loss_functions import mse
+
+        return {position: mse(acts.output, acts.target) for position, acts in runs.sae_acts.items()}
+
+
+class OutToOrigLoss(CoeffTerm):
+    """Mean squared error between what an SAE writes and the raw activation at its position.
+
+    It differs from `out_to_in` behind the first SAE, where the spliced run reads something else.
+    """
+
+    def raw_positions(self, sae_positions: Sequence[str]) -> list[str]:
+        """Those of the SAEs."""
+        return list(sae_positions)
+
+    def calc(self, runs: "Runs") -> "dict[str, Tensor]":
+        """See `sparsify.loss_functions.mse`."""
+        from sparsify.loss_functions import mse
+
+        return {
+            position: mse(acts.output, runs.orig_acts[position].detach())
+            for position, acts in runs.sae_acts.items()
+        }
+
+
+class InToOrigLoss(LossTerm):
+    """Mean squared error between the activations of the spliced and of the raw run.
+
+    At a position that has an SAE, the spliced activation is that in whose place the SAE writes.
+    """
+
+    hook_positions: Annotated[list[str], BeforeValidator(listed)]
+    """Full names of the hook points to compare, or a single one."""
+
+    total_coeff: Coeff
+    """Sum of the coefficients, which are equal at all positions."""
+
+    normalised: bool = False
+    """Whether each error is divided by the variance of the raw activation at its position, so that
+    those of later blocks, which are larger, do not outweigh the others."""
+
+    @field_validator("hook_positions")
+    @classmethod
+    def _positions_are_distinct(cls, positions: list[str]) -> list[str]:
+        if not positions:
+            raise ValueError("names no hook point; name at least one, or set in_to_orig to null")
+        repeated = sorted({name for name in positions if positions.count(name) > 1})
+        if repeated:
+            raise ValueError(f"{', '.join(map(repr, repeated))} is repeated; name it once")
+        return positions
+
+    @property
+    def position_coeff(self) -> float:
+        """An equal share of the total coefficient."""
+        return self.total_coeff / len(self.hook_positions)
+
+    def raw_positions(self, sae_positions: Sequence[str]) -> list[str]:
+        """The hook positions."""
+        return list(self.hook_positions)
+
+    def spliced_positions(self, sae_positions: Sequence[str]) -> list[str]:
+        """The hook positions, as far as no SAE keeps them."""
+        return [position for position in self.hook_positions if position not in sae_positions]
+
+    def calc(self, runs: "Runs") -> "dict[str, Tensor]":
+        """See `sparsify.loss_functions.mse` and `normalised_mse`."""
+        from sparsify.loss_functions import mse, normalised_mse
+
+        error = normalised_mse if self.normalised else mse
+        return {
+            position: error(runs.arriving(position), runs.orig_acts[position].detach())
+            for position in self.hook_positions
+        }
+
+
+class LogitsKLLoss(CoeffTerm):
+    """KL(orig || new) of the distributions over the next token, in nats per token."""
+
+    needs_logits: ClassVar[bool] = True
+
+    balance_with: Literal["out_to_in", "out_to_orig", "in_to_orig"] | None = None
+    """Error whose size the KL is brought to: it is multiplied by the ratio of that error, summed
+    over positions, to itself, which has no gradient (Karvonen 2025). null: it is taken as it is."""
+
+    def calc(self, runs: "Runs") -> "dict[str, Tensor]":
+        """See `sparsify.kernels.chunked.chunked_kl`."""
+        from sparsify.kernels.chunked import chunked_kl
+
+        assert runs.orig_resid is not None
+        assert runs.new_resid is not None
+        assert runs.unembed is not None
+        return {"": chunked_kl(runs.orig_resid, runs.new_resid, runs.unembed)}
+
+
+class NextTokenCELoss(CoeffTerm):
+    """Cross-entropy of the spliced model's next token, in nats per token that has a next one."""
+
+    needs_logits: ClassVar[bool] = True
+
+    def calc(self, runs: "Runs") -> "dict[str, Tensor]":
+        """See `sparsify.kernels.chunked.chunked_cross_entropy`."""
+        from sparsify.kernels.chunked import chunked_cross_entropy
+        from sparsify.runs import NO_TARGET
+
+        assert runs.new_resid is not None
+        assert runs.unembed is not None
+        assert runs.next_tokens is not None
+        has_next = runs.next_tokens != NO_TARGET
+        resid, targets = runs.new_resid[has_next], runs.next_tokens[has_next]
+        return {"": chunked_cross_entropy(resid, targets, runs.unembed)}
+
+
+class AuxKLoss(CoeffTerm):
+    """Error of dead elements in making up for what the SAE leaves out (Gao et al. 2024)."""
+
+    needs_spliced_run: ClassVar[bool] = False
+    measures_error: ClassVar[bool] = False
+    needs_dead: ClassVar[bool] = True
+
+    k: Count | None = None
+    """Dead elements used on a token. null: half the width of the activation, as in the paper."""
+
+    def calc(self, runs: "Runs") -> "dict[str, Tensor]":
+        """See `sparsify.dead_losses.aux_k`."""
+        from sparsify.dead_losses import aux_k
+
+        return {
+            position: aux_k(runs.saes[position], acts, runs.dead[position], self.k)
+            for position, acts in runs.sae_acts.items()
+        }
+
+
+class PreActLoss(CoeffTerm):
+    """How far pre-activations of dead JumpReLU elements are below their thresholds."""
+
+    needs_spliced_run: ClassVar[bool] = False
+    measures_error: ClassVar[bool] = False
+    needs_dead: ClassVar[bool] = True
+
+    def calc(self, runs: "Runs") -> "dict[str, Tensor]":
+        """See `sparsify.dead_losses.pre_act`."""
+        from sparsify.dead_losses import pre_act
+
+        return {
+            position: pre_act(runs.saes[position], acts, runs.dead[position])
+            for position, acts in runs.sae_acts.items()
+        }

@@ -1,0 +1,80 @@
+"""Where SAEs read and write, and how wide the activations are there."""
+
+from collections.abc import Mapping
+from math import prod
+
+from torch import nn
+
+from sparsify.base_config import UserError
+from sparsify.hook_names import check_hook_names
+from sparsify.hooked_model import HookedModel
+from sparsify.saes.config import SAEConfig, TranscoderConfig
+
+
+def reads_of(sae: SAEConfig, positions: list[str], sources: list[str]) -> dict[str, str]:
+    """The hook point that each SAE reads, by that where it writes.
+
+    Args:
+        sae: Config of the SAEs.
+        positions: Where they write.
+        sources: What transcoders read, in the same order. Empty for other kinds.
+
+    Raises:
+        UserError: The sources do not suit the kind or the positions.
+    """
+    if not isinstance(sae, TranscoderConfig):
+        if sources:
+            raise UserError(
+                f"read_positions: belongs to kind transcoder, but saes.kind is '{sae.kind}', which "
+                "reads where it writes; remove it"
+            )
+        return {position: position for position in positions}
+    if len(sources) != len(positions):
+        raise UserError(
+            f"read_positions: names {len(sources)} hook points ({', '.join(sources)}), but there "
+            f"are {len(positions)} sae_positions ({', '.join(positions)}); name one for each"
+        )
+    for position, source in zip(positions, sources, strict=True):
+        if position == source:
+            raise UserError(
+                f"read_positions: '{source}' is also where its transcoder writes; name a hook "
+                "point before it, or take another kind"
+            )
+    return dict(zip(positions, sources, strict=True))
+
+
+def act_widths(
+    model: HookedModel, positions: list[str], reads: Mapping[str, str]
+) -> dict[str, int]:
+    """Width of one token's activation where SAEs read and write, in the order of the model.
+
+    Raises:
+        UserError: A position repeats, is not a hook point, or has no activation vector per token,
+            or what is read does not come before what is written.
+    """
+    known = model.model.hook_dict
+    if not positions:
+        raise UserError("sae_positions: names no hook point; give at least one")
+    if repeated := sorted({p for p in positions if positions.count(p) > 1}):
+        raise UserError(f"sae_positions: {', '.join(repeated)} given twice; one SAE fits there")
+    check_hook_names(positions, known, "sae_positions")
+    names_of_points: dict[nn.Module, str] = {}
+    for position in positions:
+        other = names_of_points.setdefault(known[position], position)
+        if other != position:
+            raise UserError(
+                f"sae_positions: '{other}' and '{position}' are the same hook point; one SAE "
+                "fits there, so remove one of them"
+            )
+    check_hook_names(reads.values(), known, "read_positions")
+    if sources := [name for name in dict.fromkeys(reads.values()) if name not in positions]:
+        model.probe(sources, "read_positions")
+    shapes = model.probe(dict.fromkeys([*reads.values(), *positions]), "sae_positions")
+    in_order = list(shapes)
+    for position, source in reads.items():
+        if in_order.index(source) > in_order.index(position):
+            raise UserError(
+                f"read_positions: '{source}' lies behind '{position}', where its transcoder "
+                "writes; name a hook point before it"
+            )
+    return {name: prod(shape) for name, shape in shapes.items()}

@@ -1,0 +1,69 @@
+"""The Gated SAE of Rajamanoharan et al. 2024 (arXiv:2404.16014).
+
+    gate = W_enc (input - b_dec) + b_gate                          which elements are active
+    magnitude = exp(r_mag) * W_enc (input - b_dec) + b_mag         how much
+    c = relu(magnitude) where gate > 0, zero elsewhere
+    output = D c + b_dec
+
+The gate has no gradient from c. It is trained by the sparsity penalty, which reads relu(gate), and
+by a second output, D relu(gate) + b_dec, whose decoder counts as constant: the errors of that
+output are added to the loss. Locally that is the paper's auxiliary reconstruction error; end to end
+it is the KL of one more spliced run.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsify.saes.acts import SAEActs
+from sparsify.saes.linear import LinearSAE
+
+
+class GatedSAE(LinearSAE):
+    """One path decides which elements are active, another how much.
+
+    The encoder's weight and bias are those of the gate.
+    """
+
+    other_weights: tuple[float, ...] = (1.0,)
+
+    def __init__(self, d_act: int, n_dict: int) -> None:
+        super().__init__(d_act, n_dict)
+        self.log_scale = nn.Parameter(torch.zeros(n_dict))
+        self.magnitude_bias = nn.Parameter(torch.zeros(n_dict))
+
+    def activate(
+        self, pre_acts: Float[Tensor, "*sample n_dict"]
+    ) -> Float[Tensor, "*sample n_dict"]:
+        """The magnitudes where these, the gates, are open."""
+        magnitude = (pre_acts - self.affine.bias) * self.log_scale.exp() + self.magnitude_bias
+        return magnitude.relu() * (pre_acts > 0)
+
+    def forward(self, input: Float[Tensor, "*sample d_act"]) -> SAEActs:
+        """The input, its code and its reconstruction, and the gates."""
+        gates = self.affine(self.centred(input))
+        c = self.activate(gates)
+        return SAEActs(input=input, c=c, output=self.decode(c), gates=gates.relu())
+
+    def other_output(self, acts: SAEActs, index: int) -> Float[Tensor, "*sample d_out"]:
+        """What the gates stand for, with a decoder that counts as constant."""
+        assert acts.gates is not None
+        return F.linear(acts.gates, self.dict_elements.detach().T, self.decoder.bias.detach())
+
+    def element_parameters(self) -> list[nn.Parameter]:
+        """Those of every linear SAE, and the magnitudes' scales and biases."""
+        return [*super().element_parameters(), self.log_scale, self.magnitude_bias]
+
+    @torch.no_grad()
+    def reset_elements(
+        self,
+        index: Int[Tensor, " some"],
+        inputs: Float[Tensor, "some d_act"],
+        targets: Float[Tensor, "some d_out"],
+        mean_input: Float[Tensor, " d_act"],
+    ) -> None:
+        """Make elements anew, with magnitudes like the gates."""
+        super().reset_elements(index, inputs, targets, mean_input)
+        self.log_scale[index] = 0.0
+        self.magnitude_bias[index] = 0.0

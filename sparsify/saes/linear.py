@@ -1,0 +1,211 @@
+"""What the kinds share whose encoder and decoder are affine maps.
+
+Dimensions as in `sparsify.saes.base`.
+"""
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsify.kernels.sparse import decode_active, find_active
+from sparsify.saes.acts import SAEActs
+from sparsify.saes.base import SAE
+
+RESET_ENCODER_SCALE = 0.2
+"""Norm of a reset element's encoder row, relative to the others' mean (Bricken et al. 2023)."""
+
+
+class Decoder(nn.Module):
+    """`nn.Linear(n_dict, d_out)` with an orthogonal weight, stored one dictionary element per row.
+
+    An element so lies in one piece of memory, and a gradient can be that of some elements alone.
+    In a state dict the weight is that of `nn.Linear`.
+    """
+
+    def __init__(self, d_out: int, n_dict: int) -> None:
+        super().__init__()
+        linear = nn.Linear(n_dict, d_out)
+        nn.init.orthogonal_(linear.weight)
+        self.elements = nn.Parameter(linear.weight.detach().T.contiguous())
+        self.bias = linear.bias
+        self.register_state_dict_post_hook(_store_columns)
+        self.register_load_state_dict_pre_hook(_load_columns)
+
+    @property
+    def weight(self) -> Float[Tensor, "d_out n_dict"]:
+        """The elements as columns: a view, which shares their memory."""
+        return self.elements.T
+
+    @torch.no_grad()
+    def normalise(self) -> None:
+        """Scale the elements to unit norm."""
+        self.elements.div_(self.elements.norm(dim=1, keepdim=True).clamp_(min=1e-12))
+
+    @torch.no_grad()
+    def project_gradient(self) -> None:
+        """Take the part along each element, of unit norm, out of its gradient."""
+        gradient = self.elements.grad
+        if gradient is None:
+            return
+        rows, elements = gradient, self.elements
+        if gradient.is_sparse:
+            rows, elements = gradient._values(), elements[gradient._indices()[0]]
+        rows.addcmul_(elements, torch.linalg.vecdot(rows, elements)[:, None], value=-1)
+
+
+def _store_columns(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: object
+) -> None:  # `Any`: as torch declares it
+    # Safetensors takes no tensor whose memory is in another order than its dimensions.
+    weight = state_dict.pop(f"{prefix}elements").T.contiguous()
+    # The bias last, as in `nn.Linear`.
+    state_dict |= {f"{prefix}weight": weight, f"{prefix}bias": state_dict.pop(f"{prefix}bias")}
+
+
+def _load_columns(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: object
+) -> None:  # `Any`: as torch declares it
+    if (weight := state_dict.pop(f"{prefix}weight", None)) is not None:
+        state_dict[f"{prefix}elements"] = weight.T.contiguous()
+
+
+class LinearSAE(SAE):
+    """A kind of SAE that only has to say how its code is made of pre-activations.
+
+        pre_acts = W_enc (input - b_dec) + b_enc
+        c        = activate(pre_acts)
+        output   = D c + b_dec
+
+    Elements keep unit norm: what would change it is taken out of their gradient, and they are
+    scaled back after each step (Bricken et al. 2023, "Towards Monosemanticity"). The decoder starts
+    from directions that are as orthogonal as there is room for, the encoder as its transpose and
+    both biases at zero (Gao et al. 2024, arXiv:2406.04093).
+    """
+
+    is_centred: ClassVar[bool] = True
+    """Whether the decoder's bias is subtracted before encoding."""
+
+    is_held: ClassVar[bool] = True
+    """Whether elements are held at unit norm. If not, they have any and are scaled when used."""
+
+    keeps_pre_acts: bool = False
+    """Whether the pre-activations are kept for a loss that reads them."""
+
+    def __init__(self, d_act: int, n_dict: int, d_out: int | None = None) -> None:
+        super().__init__(d_act, n_dict, d_out)
+        self.encoder: nn.Module = nn.Linear(d_act, n_dict)
+        self.decoder = Decoder(self.d_out, n_dict)
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Set the parameters, from a decoder that is orthogonal, to where training starts."""
+        self.decoder.normalise()
+        self.affine.weight.copy_(self.decoder.elements)
+        self.affine.bias.zero_()
+        self.decoder.bias.zero_()
+
+    @property
+    def affine(self) -> nn.Linear:
+        """The encoder's affine map."""
+        assert isinstance(self.encoder, nn.Linear)
+        return self.encoder
+
+    @abstractmethod
+    def activate(
+        self, pre_acts: Float[Tensor, "*sample n_dict"]
+    ) -> Float[Tensor, "*sample n_dict"]:
+        """The code made of pre-activations, whose memory it may take.
+
+        Where an entry of the code is not zero, it is the pre-activation itself; a kind for which
+        that is not so has a `forward` of its own.
+        """
+
+    def centred(self, input: Float[Tensor, "*sample d_act"]) -> Float[Tensor, "*sample d_act"]:
+        """What the encoder's affine map is applied to."""
+        return input - self.decoder.bias if self.is_centred else input
+
+    def pre_acts_of(
+        self, input: Float[Tensor, "*sample d_act"], index: Int[Tensor, " some"]
+    ) -> Float[Tensor, "*sample some"]:
+        """Pre-activations of some elements."""
+        return F.linear(self.centred(input), self.affine.weight[index], self.affine.bias[index])
+
+    def encode(self, input: Float[Tensor, "*sample d_act"]) -> Float[Tensor, "*sample n_dict"]:
+        """Non-negative activations of the dictionary elements."""
+        return self.activate(self.affine(self.centred(input)))
+
+    def decode(self, c: Float[Tensor, "*sample n_dict"]) -> Float[Tensor, "*sample d_out"]:
+        """Sum of the dictionary elements, weighted by `c`, plus the decoder's bias."""
+        return F.linear(c, self.dict_elements.T, self.decoder.bias)
+
+    def forward(self, input: Float[Tensor, "*sample d_act"]) -> SAEActs:
+        """The input, its code and its reconstruction, computed from active elements if it pays."""
+        centred = self.centred(input)
+        pre_acts = self.affine(centred)
+        c = self.activate(pre_acts)
+        kept = pre_acts if self.keeps_pre_acts else None
+        entries = find_active(c, self.d_act)
+        if entries is None:
+            return SAEActs(input=input, c=c, output=self.decode(c), pre_acts=kept)
+        c, output = decode_active(
+            entries,
+            c,
+            centred,
+            self.affine.weight,
+            self.affine.bias,
+            self.decoder.elements,
+            self.decoder.bias,
+            is_unit_norm=self.is_held,
+            row_sparse_grads=self.row_sparse_grads,
+        )
+        return SAEActs(input=input, c=c, output=output, pre_acts=kept)
+
+    @property
+    def dict_elements(self) -> Float[Tensor, "n_dict d_out"]:
+        """The decoder's elements, of unit norm."""
+        elements = self.decoder.elements
+        return elements if self.is_held else F.normalize(elements, dim=1)
+
+    def project_gradients(self) -> None:
+        """Take out of the decoder's gradient what would change the norm of its elements."""
+        if self.is_held:
+            self.decoder.project_gradient()
+
+    def restore_constraints(self) -> None:
+        """Scale the decoder's elements to unit norm."""
+        if self.is_held:
+            self.decoder.normalise()
+
+    def element_parameters(self) -> list[nn.Parameter]:
+        """The encoder's weight and bias, and the decoder's elements."""
+        encoder = list(self.affine.parameters())
+        return [*encoder, self.decoder.elements]
+
+    @torch.no_grad()
+    def reset_elements(
+        self,
+        index: Int[Tensor, " some"],
+        inputs: Float[Tensor, "some d_act"],
+        targets: Float[Tensor, "some d_out"],
+        mean_input: Float[Tensor, " d_act"],
+    ) -> None:
+        """Make elements anew, each to read an input and write its target.
+
+        As in Bricken et al. 2023 the encoder's rows get a fifth of the mean norm of the other rows,
+        and the encoder's bias is zero there; if the encoder does not subtract the decoder's bias,
+        it is what subtracting the mean input comes to.
+        """
+        others = torch.ones(self.n_dict, dtype=torch.bool, device=index.device)
+        others[index] = False
+        kept = self.affine.weight[others] if others.any() else self.affine.weight
+        scale = RESET_ENCODER_SCALE * kept.norm(dim=1).mean()
+        centre = self.decoder.bias if self.is_centred else mean_input
+        rows = scale * F.normalize(inputs - centre, dim=1)
+        self.affine.weight[index] = rows
+        self.affine.bias[index] = 0.0 if self.is_centred else -(rows @ centre)
+        self.decoder.elements[index] = F.normalize(targets - self.decoder.bias, dim=1)

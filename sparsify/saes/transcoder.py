@@ -1,0 +1,79 @@
+"""The transcoder of Dunefsky et al. 2024 (arXiv:2406.11944).
+
+    c = relu(W_enc input + b_enc), or the k largest entries of it
+    output = D c + b_dec (+ W_skip input)
+
+It reads one hook point and writes another, say what goes into an MLP and what comes out, so that
+the elements stand for what the part between them computes. The output takes the place of that of
+the part. The input is not centred, as the decoder's bias belongs to another hook point. The skip is
+that of Paulo et al. 2025 (arXiv:2501.18823).
+"""
+
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sparsify.saes.acts import SAEActs
+from sparsify.saes.linear import LinearSAE
+from sparsify.saes.topk import keep_largest
+
+
+class Transcoder(LinearSAE):
+    """Reads one hook point and writes another.
+
+    The encoder starts as any `nn.Linear` does, the skip at zero.
+
+    Args:
+        d_act: Width of the activation that is read.
+        n_dict: Dictionary elements.
+        d_out: Width of the activation that is written.
+        k: How many elements are active on a token. None: as many as are above zero.
+        has_skip: Whether a matrix leads directly from what is read to what is written.
+    """
+
+    is_centred: ClassVar[bool] = False
+
+    def __init__(
+        self, d_act: int, n_dict: int, d_out: int, k: int | None = None, *, has_skip: bool = False
+    ) -> None:
+        super().__init__(d_act, n_dict, d_out)
+        self.k = k
+        self.skip = nn.Linear(d_act, d_out, bias=False) if has_skip else None
+        if self.skip is not None:
+            nn.init.zeros_(self.skip.weight)
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Bring the elements to unit norm."""
+        self.decoder.normalise()
+        self.affine.bias.zero_()
+        self.decoder.bias.zero_()
+
+    def activate(
+        self, pre_acts: Float[Tensor, "*sample n_dict"]
+    ) -> Float[Tensor, "*sample n_dict"]:
+        """The k largest, or those above zero."""
+        return pre_acts.relu_() if self.k is None else keep_largest(pre_acts, self.k)
+
+    def forward(self, input: Float[Tensor, "*sample d_act"]) -> SAEActs:
+        """The input, its code and what is written."""
+        acts = super().forward(input)
+        if self.skip is None:
+            return acts
+        return replace(acts, output=acts.output + self.skip(input))
+
+    @torch.no_grad()
+    def reset_elements(
+        self,
+        index: Int[Tensor, " some"],
+        inputs: Float[Tensor, "some d_act"],
+        targets: Float[Tensor, "some d_out"],
+        mean_input: Float[Tensor, " d_act"],
+    ) -> None:
+        """Make elements anew, each to write what the skip leaves of its target."""
+        if self.skip is not None:
+            targets = targets - self.skip(inputs)
+        super().reset_elements(index, inputs, targets, mean_input)

@@ -1,0 +1,247 @@
+"""Training steps of SAEs with other outputs, and of transcoders, against plain runs."""
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsify.forward_plan import derive_plan
+from sparsify.losses import LossConfig, total_loss
+from sparsify.runs import Runs
+from sparsify.sae_transformer import SAETransformer
+from sparsify.saes.base import SAE
+from sparsify.saes.config import (
+    GatedSAEConfig,
+    MatryoshkaSAEConfig,
+    SAEConfig,
+    TopKSAEConfig,
+    TranscoderConfig,
+)
+from sparsify.saes.gated import GatedSAE
+from sparsify.saes.linear import LinearSAE
+from sparsify.saes.matryoshka import MatryoshkaSAE
+from sparsify.saes.topk import TopKSAE
+
+pytestmark = pytest.mark.model
+
+RESID = ["blocks.1.hook_resid_pre"]
+THREE = ["blocks.1.hook_resid_pre", "blocks.1.hook_mlp_out", "blocks.2.hook_resid_pre"]
+LATER = "blocks.2.hook_resid_post"
+SHARES = [0.1, 0.25, 0.5]
+CONFIGS: dict[str, SAEConfig] = {
+    "gated": GatedSAEConfig(dict_size_to_input_ratio=3),
+    "multi_topk": TopKSAEConfig(dict_size_to_input_ratio=3, k=3, multi_k=8),
+    "matryoshka": MatryoshkaSAEConfig(dict_size_to_input_ratio=3, k=4, prefix_shares=SHARES),
+}
+WEIGHTS = {"gated": [1.0], "multi_topk": [1 / 8], "matryoshka": [1.0, 1.0, 1.0]}
+LOCAL = {"sparsity": {"coeff": 0.3}, "out_to_in": {"coeff": 2.0}}
+E2E = {
+    "sparsity": {"coeff": 0.3},
+    "logits_kl": {"coeff": 2.0},
+    "in_to_orig": {"total_coeff": 0.7, "hook_positions": LATER},
+    "next_token_ce": {"coeff": 0.2},
+}
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randint(64, (2, 6))
+
+
+def build(tlens_model: Any, sae: SAEConfig, positions: list[str], **reads: Any) -> SAETransformer:
+    """Predictions far from uniform, and SAEs that are not as they start."""
+    with torch.no_grad():
+        for name, parameter in tlens_model.named_parameters():
+            if parameter.dim() > 1 and "embed" in name:
+                parameter.mul_(4)
+    model = SAETransformer(tlens_model, positions, sae=sae, **reads)
+    with torch.no_grad():
+        for parameter in model.saes.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    for position in model.raw_sae_positions:
+        model.saes.at(position).restore_constraints()
+    return model
+
+
+def run(model: SAETransformer, tokens: Tensor, mix: dict[str, Any]) -> tuple[LossConfig, Runs]:
+    losses = LossConfig.model_validate(mix)
+    plan = derive_plan(model.hooked_model, model.raw_sae_positions, losses, model.reads)
+    return losses, model.run(tokens, plan)
+
+
+def gradients(total: Tensor, module: nn.Module) -> dict[str, Tensor]:
+    module.zero_grad()
+    total.backward()
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, grad in expected.items():
+        grad = grad.to_dense()
+        largest = grad.abs().max().item()
+        assert largest > 0, name
+        torch.testing.assert_close(actual[name].to_dense(), grad, rtol=0, atol=1e-5 * largest)
+
+
+def plain_other(sae: SAE, input: Tensor, index: int) -> Tensor:
+    """The other output as the papers have it."""
+    assert isinstance(sae, LinearSAE)
+    pre_acts = (input - sae.decoder.bias) @ sae.affine.weight.T + sae.affine.bias
+    elements, bias = sae.decoder.elements, sae.decoder.bias
+    if isinstance(sae, GatedSAE):
+        return pre_acts.relu() @ elements.detach() + bias.detach()
+    if isinstance(sae, TopKSAE):
+        assert sae.multi_k is not None
+        smallest = pre_acts.topk(sae.multi_k, dim=-1).values[..., -1:]
+        return (pre_acts.relu() * (pre_acts >= smallest)) @ elements + bias
+    assert isinstance(sae, MatryoshkaSAE)
+    size = sae.prefix_sizes[index]
+    return sae.encode(input)[..., :size] @ elements[:size] + bias
+
+
+def plain_e2e(
+    model: SAETransformer, tokens: Tensor, write: Callable[[SAE, Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The weighted errors of one spliced run, from full logits, and the sparsity in it."""
+    kept: dict[str, Tensor] = {}
+    sparsity: list[Tensor] = []
+
+    def keep(act: Tensor, hook: Any) -> None:
+        kept[hook.name] = act.flatten(start_dim=2)
+
+    def splice(act: Tensor, hook: Any, position: str, point: str) -> Tensor:
+        sae = model.saes.at(position)
+        sparsity.append(sae(kept[point]).penalised.sum(dim=-1).mean() / sae.d_act)
+        return write(sae, kept[point]).reshape(act.shape)
+
+    hooks: list[tuple[str, Callable[..., Tensor | None]]] = []
+    for position, source in model.reads.items():
+        point = model.tlens_model.hook_dict[source].name
+        hooks += [(source, keep), (position, partial(splice, position=position, point=point))]
+    later = model.tlens_model.hook_dict[LATER].name
+    run_with_hooks = model.tlens_model.run_with_hooks
+    orig = run_with_hooks(tokens, fwd_hooks=[(LATER, keep)])
+    log_orig, raw_later = orig.log_softmax(dim=-1).detach(), kept[later].detach()
+    new = run_with_hooks(tokens, fwd_hooks=[*hooks, (LATER, keep)])
+    kl = (log_orig.exp() * (log_orig - new.log_softmax(dim=-1))).sum(dim=-1).mean()
+    ce = F.cross_entropy(new[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    in_to_orig = (kept[later] - raw_later).square().mean()
+    return 2.0 * kl + 0.2 * ce + 0.7 * in_to_orig, torch.stack(sparsity).sum()
+
+
+def assert_is_main_plus_drawn(model: SAETransformer, tokens: Tensor, kind: str) -> None:
+    """Compare a step with two plain runs, of which it drew the second."""
+    losses, runs = run(model, tokens, E2E)
+    total, _ = total_loss(losses, runs)
+    actual = gradients(total, model.saes)
+    ((weight, _),) = runs.others
+    assert weight == len(WEIGHTS[kind]) * WEIGHTS[kind][0]
+    n_fitting = 0
+    for index in range(len(WEIGHTS[kind])):
+        errors, sparsity = plain_e2e(model, tokens, lambda sae, act: sae(act).output)
+        others, _ = plain_e2e(model, tokens, partial(plain_other, index=index))
+        expected = errors + 0.3 * sparsity + weight * others
+        if total.item() == pytest.approx(expected.item(), rel=1e-5):
+            n_fitting += 1
+            assert_same_gradients(actual, gradients(expected, model.saes))
+    assert n_fitting == 1
+
+
+@pytest.mark.parametrize("positions", [RESID, THREE], ids=["one", "three"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_an_e2e_step_is_the_run_and_one_with_a_drawn_other_output(
+    tiny_model: Any, tokens: Tensor, kind: str, positions: list[str]
+):
+    assert_is_main_plus_drawn(build(tiny_model, CONFIGS[kind], positions), tokens, kind)
+
+
+@pytest.mark.parametrize("kind", ["multi_topk", "matryoshka"])
+def test_other_outputs_train_what_has_row_sparse_gradients(
+    tiny_model: Any, tokens: Tensor, kind: str, monkeypatch: pytest.MonkeyPatch
+):
+    model = build(tiny_model, CONFIGS[kind], THREE)
+    monkeypatch.setattr("sparsify.kernels.sparse.MIN_DENSE_SIZE", 0)
+    monkeypatch.setattr("sparsify.kernels.sparse.MAX_ACTIVE_SHARE", 0.5)
+    for position in THREE:
+        model.saes.at(position).row_sparse_grads = True
+    # Of three tokens, so that few elements are active.
+    assert_is_main_plus_drawn(model, tokens[:1, :3], kind)
+
+
+def test_each_prefix_is_drawn_as_often(tiny_model: Any, tokens: Tensor):
+    model = build(tiny_model, CONFIGS["matryoshka"], RESID)
+    n_drawn, sae = Counter(), model.saes.at(RESID[0])
+    for _ in range(30):
+        _, runs = run(model, tokens, {"in_to_orig": E2E["in_to_orig"]})
+        acts, other_acts = (part.sae_acts[RESID[0]] for part in (runs, runs.others[0][1]))
+        outputs = [sae.other_output(acts, index) for index in range(3)]
+        n_drawn[[other_acts.output.equal(output) for output in outputs].index(True)] += 1
+    # Each is expected 10 times, with a standard deviation of 2.6.
+    assert all(3 < n_drawn[index] < 17 for index in range(3))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_local_step_has_the_errors_of_all_outputs(tiny_model: Any, tokens: Tensor, kind: str):
+    model = build(tiny_model, CONFIGS[kind], THREE)
+    losses, runs = run(model, tokens, LOCAL)
+    assert [weight for weight, _ in runs.others] == WEIGHTS[kind]
+    _, raw = model.forward_raw(tokens)
+    expected = torch.zeros(())
+    for position in THREE:
+        sae, act = model.saes.at(position), raw[position]
+        acts = sae(act)
+        expected = expected + 0.3 * acts.penalised.sum(dim=-1).mean() / 16
+        expected = expected + 2.0 * (acts.output - act).square().mean()
+        for index, weight in enumerate(WEIGHTS[kind]):
+            error = (plain_other(sae, act, index) - act).square().mean()
+            expected = expected + weight * 2.0 * error
+    total, _ = total_loss(losses, runs)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert_same_gradients(gradients(total, model.saes), gradients(expected, model.saes))
+
+
+MLP, NEXT_MLP = "blocks.1.hook_mlp_out", "blocks.2.hook_mlp_out"
+TRANSCODED = {
+    "other width": {MLP: "blocks.1.mlp.hook_post"},
+    "heads": {"blocks.1.hook_resid_mid": "blocks.1.attn.hook_z"},
+    "two": {MLP: "blocks.1.hook_resid_mid", NEXT_MLP: "blocks.1.hook_resid_post"},
+    "from one to the next": {MLP: "blocks.1.hook_resid_mid", NEXT_MLP: MLP},
+}
+
+
+@pytest.fixture(params=TRANSCODED)
+def transcoded(request: pytest.FixtureRequest, tiny_model: Any) -> SAETransformer:
+    reads = TRANSCODED[request.param]
+    sae = TranscoderConfig(dict_size_to_input_ratio=3, skip=True)
+    return build(tiny_model, sae, list(reads), read_positions=list(reads.values()))
+
+
+def plain_transcoder(sae: SAE, input: Tensor) -> Tensor:
+    assert isinstance(sae, LinearSAE)
+    c = (input @ sae.affine.weight.T + sae.affine.bias).relu()
+    return c @ sae.decoder.elements + sae.decoder.bias + sae.get_submodule("skip")(input)
+
+
+def test_transcoders_equal_plain_hooks(transcoded: SAETransformer, tokens: Tensor):
+    losses, runs = run(transcoded, tokens, E2E)
+    total, _ = total_loss(losses, runs)
+    errors, sparsity = plain_e2e(transcoded, tokens, plain_transcoder)
+    expected = errors + 0.3 * sparsity
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert_same_gradients(gradients(total, transcoded.saes), gradients(expected, transcoded.saes))
+
+
+def test_a_local_transcoder_is_to_write_the_raw_act(transcoded: SAETransformer, tokens: Tensor):
+    _, runs = run(transcoded, tokens, LOCAL)
+    _, raw = transcoded.forward_raw(tokens)
+    for position, acts in runs.sae_acts.items():
+        source = raw[transcoded.reads[position]]
+        torch.testing.assert_close(acts.input, source.flatten(start_dim=2))
+        torch.testing.assert_close(acts.target, raw[position].flatten(start_dim=2))
+        assert not acts.target.requires_grad

@@ -1,0 +1,226 @@
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsify.base_config import UserError
+from sparsify.evaluation.evaluate import evaluate
+from sparsify.forward_plan import derive_plan
+from sparsify.losses import LossConfig, total_loss
+from sparsify.runs import Runs
+from sparsify.sae_transformer import SAETransformer
+from sparsify.saes.acts import SAEActs
+from sparsify.saes.config import MatryoshkaSAEConfig, ReLUSAEConfig, SAEConfig
+from sparsify.token_mask import IgnoredTokens
+
+BOS = 7
+TWO = ["blocks.1.hook_resid_pre", "blocks.1.hook_mlp_out"]
+LATER = "blocks.2.hook_resid_mid"
+RELU = ReLUSAEConfig(dict_size_to_input_ratio=3)
+MATRYOSHKA = MatryoshkaSAEConfig(dict_size_to_input_ratio=3, k=4, prefix_shares=[0.5])
+IGNORED = IgnoredTokens(bos=True, first_n=1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"bos": True}, [[0, 1, 1, 0], [1, 1, 1, 1]]),
+        ({"first_n": 2}, [[0, 0, 1, 1], [0, 0, 1, 1]]),
+        ({"bos": True, "first_n": 1}, [[0, 1, 1, 0], [0, 1, 1, 1]]),
+    ],
+)
+def test_kept_tokens_by_hand(fields: dict[str, Any], expected: list[list[int]]):
+    tokens = torch.tensor([[BOS, 1, 2, BOS], [3, 4, 5, 6]])
+    kept = IgnoredTokens(**fields).kept(tokens, BOS)
+    assert kept.dtype == torch.bool
+    assert kept.int().tolist() == expected
+
+
+def test_the_first_positions_need_no_bos_token():
+    IgnoredTokens(first_n=3).check(None)
+    assert IgnoredTokens(first_n=1).kept(torch.zeros(1, 2).int(), None).tolist() == [[False, True]]
+
+
+def test_a_mask_without_effect_is_rejected():
+    with pytest.raises(ValueError, match="leaves no token out; set bos or first_n"):
+        IgnoredTokens()
+
+
+def test_a_mask_of_a_token_that_there_is_not_is_rejected():
+    with pytest.raises(UserError, match="tokenizer of train_data has no BOS token; set first_n"):
+        IgnoredTokens(bos=True).check(None)
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    tokens = torch.randint(8, 64, (3, 6))
+    tokens[0, 3] = tokens[1, 5] = tokens[2, 0] = BOS
+    return tokens
+
+
+def build(tlens_model: Any, sae: SAEConfig) -> SAETransformer:
+    """With predictions far from uniform."""
+    with torch.no_grad():
+        for name, parameter in tlens_model.named_parameters():
+            if parameter.dim() > 1 and "embed" in name:
+                parameter.mul_(4)
+    return SAETransformer(tlens_model, TWO, sae=sae)
+
+
+def run(model: SAETransformer, tokens: Tensor, losses: LossConfig) -> Runs:
+    return model.run(tokens, derive_plan(model.hooked_model, model.raw_sae_positions, losses))
+
+
+MIX = {
+    "sparsity": {"coeff": 0.3},
+    "out_to_in": {"coeff": 0.5},
+    "out_to_orig": {"coeff": 0.7},
+    "in_to_orig": {"total_coeff": 0.9, "hook_positions": LATER, "normalised": True},
+    "logits_kl": {"coeff": 1.1},
+    "next_token_ce": {"coeff": 1.3},
+}
+
+
+def plain_values(runs: Runs, tokens: Tensor, kept: list[tuple[int, int]]) -> dict[str, Tensor]:
+    """Mean losses over some tokens, each by itself."""
+
+    def mean(of_token: Callable[[tuple[int, int]], Tensor], at: list[tuple[int, int]]) -> Tensor:
+        return torch.stack([of_token(token) for token in at]).mean(dim=0)
+
+    def error(pred: Tensor, target: Tensor) -> Tensor:
+        return mean(lambda token: (pred[token] - target[token]).square().mean(), kept)
+
+    assert runs.orig_resid is not None
+    assert runs.new_resid is not None
+    assert runs.unembed is not None
+    orig, new = (F.log_softmax(runs.unembed(r), -1) for r in (runs.orig_resid, runs.new_resid))
+    values = {
+        "logits_kl": mean(lambda at: (orig[at].exp() * (orig[at] - new[at])).sum(), kept),
+        "next_token_ce": mean(
+            lambda at: -new[at][tokens[at[0], at[1] + 1]],
+            [(sample, pos) for sample, pos in kept if pos < tokens.shape[1] - 1],
+        ),
+    }
+    for position, acts in runs.sae_acts.items():
+        values[f"sparsity/{position}"] = mean(lambda at, c=acts.c: c[at].sum() / 16, kept)
+        values[f"out_to_in/{position}"] = error(acts.output, acts.input)
+        values[f"out_to_orig/{position}"] = error(acts.output, runs.orig_acts[position])
+    raw = runs.orig_acts[LATER]
+    centre = mean(lambda at: raw[at], kept)
+    in_to_orig = error(runs.new_acts[LATER].input, raw) / error(centre.expand_as(raw), raw)
+    return {**values, f"in_to_orig/{LATER}": in_to_orig}
+
+
+def test_losses_of_masked_runs_are_those_of_the_kept_tokens(tiny_model: Any, tokens: Tensor):
+    model, losses = build(tiny_model, RELU), LossConfig.model_validate(MIX)
+    runs = run(model, tokens, losses)
+    kept = IGNORED.kept(tokens, BOS)
+    at = [(sample, pos) for sample in range(3) for pos in range(6) if kept[sample, pos]]
+    assert len(at) == 13  # 18, less 3 first ones, of which one is BOS, and 2 more of BOS
+    total, values = total_loss(losses, runs.only(kept))
+    expected = plain_values(runs, tokens, at)
+    assert {name: value.item() for name, value in values.items()} == pytest.approx(
+        {name: value.item() for name, value in expected.items()}
+    )
+    weighted = [
+        losses.terms()[name.split("/")[0]].position_coeff * v for name, v in expected.items()
+    ]
+    parameters = list(model.saes.parameters())
+    grads = torch.autograd.grad(total, parameters, retain_graph=True)
+    expected_grads = torch.autograd.grad(torch.stack(weighted).sum(), parameters)
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-4, atol=1e-6)
+
+
+def test_other_outputs_are_masked_too(tiny_model: Any, tokens: Tensor):
+    model = build(tiny_model, MATRYOSHKA)
+    losses = LossConfig.model_validate({"out_to_in": {"coeff": 1.0}})
+    runs, kept = run(model, tokens, losses), IGNORED.kept(tokens, BOS)
+    _, values = total_loss(losses, runs.only(kept))
+    for position, acts in runs.sae_acts.items():
+        error = model.saes.at(position).other_output(acts, 0)[kept] - acts.input[kept]
+        value = values[f"other_outputs/out_to_in/{position}"]
+        assert value.item() == pytest.approx(error.square().mean().item())
+
+
+def test_masked_acts_keep_all_that_an_sae_left_behind():
+    kept = torch.tensor([[True, False], [False, True]])
+    widths = {"input": 3, "c": 5, "output": 4, "replaced": 4, "pre_acts": 5, "gates": 5}
+    assert widths.keys() == {field.name for field in fields(SAEActs)}
+    acts = SAEActs(**{name: torch.randn(2, 2, width) for name, width in widths.items()})
+    for name, rows in vars(acts.only(kept)).items():
+        assert rows.equal(torch.stack([getattr(acts, name)[0, 0], getattr(acts, name)[1, 1]]))
+
+
+def plain_metrics(model: SAETransformer, tokens: Tensor, kept: Tensor) -> dict[str, float]:
+    """From full logits, with all unkept tokens taken out at the end."""
+    has_next = kept[:, :-1]
+
+    def cross_entropy(logits: Tensor) -> float:
+        return F.cross_entropy(logits[:, :-1][has_next], tokens[:, 1:][has_next]).item()
+
+    raw_logits, raw = model.forward_raw(tokens)
+    logits, acts = model(tokens)
+    assert raw_logits is not None
+    log_raw, log_new = raw_logits.log_softmax(-1)[kept], logits.log_softmax(-1)[kept]
+
+    def write_mean(position: str) -> Callable[[Tensor], Tensor]:
+        return lambda act: raw[position][kept].mean(dim=0).expand(act.shape)
+
+    ablated = model.hooked_model.run_with_logits(tokens, {p: write_mean(p) for p in TWO})
+    metrics = {
+        "performance/eval/ce_loss_raw": cross_entropy(raw_logits),
+        "performance/eval/ce_loss": cross_entropy(logits),
+        "performance/eval/ce_loss_mean_ablated": cross_entropy(ablated),
+        "performance/eval/top1_agreement": (log_raw.argmax(-1) == log_new.argmax(-1))
+        .float()
+        .mean(),
+        "loss/eval/logits_kl": (log_raw.exp() * (log_raw - log_new)).sum(-1).mean(),
+    }
+    for position in TWO:
+        input, c, output = (
+            getattr(acts[position], name)[kept] for name in ("input", "c", "output")
+        )
+        errors = (output - input).square().sum(-1)
+        deviations = (input - input.mean(dim=0)).square().sum(-1)
+        name = "loss/eval/out_to_in"
+        metrics |= {
+            f"sparsity/eval/L_0/{position}": (c != 0).sum(-1).float().mean(),
+            f"sparsity/alive_dict_elements/{position}": (c != 0).any(0).sum(),
+            f"{name}/{position}": errors.mean() / 16,
+            f"{name}/explained_variance/{position}": (1 - errors / deviations).mean(),
+            f"{name}/explained_variance_ratio_of_sums/{position}": 1
+            - errors.sum() / deviations.sum(),
+            f"{name}/l2_ratio/{position}": (output.norm(dim=-1) / input.norm(dim=-1)).mean(),
+        }
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def test_an_evaluation_is_about_the_kept_tokens(tiny_model: Any, tokens: Tensor):
+    model = build(tiny_model, RELU)
+    kept = IGNORED.kept(tokens, BOS)
+    result = evaluate(
+        model, tokens.split(2), kept=lambda batch: IGNORED.kept(batch, BOS), chunk_size=4
+    )
+    # Of 13 kept tokens the last of two sequences; that of the other is BOS.
+    assert (result.n_samples, result.n_tokens, result.n_predictions) == (3, 13, 11)
+    with torch.no_grad():
+        expected = plain_metrics(model, tokens, kept)
+    metrics = result.metrics()
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert metrics != pytest.approx(evaluate(model, [tokens]).metrics(), rel=1e-3)
+
+
+def test_keeping_all_tokens_changes_nothing(tiny_model: Any, tokens: Tensor):
+    model = build(tiny_model, RELU)
+    all_kept = evaluate(model, [tokens], kept=lambda batch: torch.ones_like(batch).bool())
+    assert all_kept.metrics() == pytest.approx(evaluate(model, [tokens]).metrics(), nan_ok=True)
+
+
+def test_an_evaluation_of_no_tokens_is_rejected(tiny_model: Any, tokens: Tensor):
+    model = build(tiny_model, RELU)
+    with pytest.raises(ValueError, match="batches: hold no tokens"):
+        evaluate(model, [tokens], kept=lambda batch: torch.zeros_like(batch).bool())
