@@ -1,5 +1,8 @@
 """Losses that train dead dictionary elements: those that do not fire, and so get no gradient.
 
+What an SAE read counts as constant: earlier SAEs are not to learn what wakes elements of later
+ones.
+
 Dimensions: `*sample` is any leading batch and position dimensions, `n_dict` the number of
 dictionary elements.
 """
@@ -42,9 +45,10 @@ def aux_k(
     if len(index) == 0:
         return torch.zeros((), device=dead.device)
     error = (acts.target - acts.output).detach()
-    pre_acts = sae.pre_acts_of(acts.input, index)
+    pre_acts = sae.pre_acts_of(acts.input.detach(), index)
     c = keep_largest(pre_acts, min(k or max(1, sae.d_act // 2), len(index)))
-    return normalised_mse(F.linear(c, sae.dict_elements[index].T), error)
+    elements = F.normalize(sae.decoder.elements[index], dim=1)
+    return normalised_mse(F.linear(c, elements.T), error)
 
 
 def pre_act(sae: SAE, acts: SAEActs, dead: Bool[Tensor, " n_dict"]) -> Float[Tensor, ""]:
@@ -56,5 +60,5 @@ def pre_act(sae: SAE, acts: SAEActs, dead: Bool[Tensor, " n_dict"]) -> Float[Ten
     """
     assert isinstance(sae, JumpReLUSAE), "a config with another kind is refused"
     index = dead.nonzero().flatten()
-    below = sae.threshold[index] - sae.pre_acts_of(acts.input, index)
+    below = sae.threshold[index] - sae.pre_acts_of(acts.input.detach(), index)
     return below.relu().sum(dim=-1).mean() / sae.d_act

@@ -27,7 +27,9 @@ class ForwardPlan:
     is_local: bool
     """Whether the SAEs are applied to raw activations, without a spliced run."""
     needs_logits: bool
-    """Whether both runs go to the end and keep their final residual stream."""
+    """Whether the spliced run goes to the end and keeps its final residual stream."""
+    needs_raw_logits: bool
+    """Whether the raw run does."""
     start: int
     """First block that the two runs do not share."""
     raw_positions: tuple[str, ...]
@@ -60,6 +62,7 @@ def derive_plan(
     terms = losses.terms().values()
     is_local = not any(term.needs_spliced_run for term in terms)
     needs_logits = any(term.needs_logits for term in terms)
+    needs_raw_logits = any(term.needs_raw_logits for term in terms)
     raw = _union(term.raw_positions(positions) for term in terms)
     spliced = _union(term.spliced_positions(positions) for term in terms)
     sources = positions if reads is None else tuple(reads[position] for position in positions)
@@ -74,9 +77,10 @@ def derive_plan(
         sae_positions=positions,
         is_local=is_local,
         needs_logits=needs_logits,
+        needs_raw_logits=needs_raw_logits,
         start=start,
         raw_positions=raw,
-        raw_stop=_stop(model, raw, needs_logits),
+        raw_stop=_stop(model, raw, needs_raw_logits),
         spliced_positions=spliced,
         spliced_stop=_stop(model, (*positions, *spliced), needs_logits),
     )

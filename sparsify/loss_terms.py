@@ -52,7 +52,10 @@ class LossTerm(BaseConfig, ABC):
     """How the coefficient changes in training. null: it does not."""
 
     needs_logits: ClassVar[bool] = False
-    """The runs must go to the last block and keep the final residual stream."""
+    """The spliced run must go to the last block and keep the final residual stream."""
+
+    needs_raw_logits: ClassVar[bool] = False
+    """The raw run must, too."""
 
     needs_spliced_run: ClassVar[bool] = True
     """The value depends on the model behind or between the SAEs. A sum of terms that do without
@@ -138,6 +141,10 @@ class SparsityLoss(CoeffTerm):
                     f"{name} ({getattr(self, name)}) belongs to penalty {' and '.join(penalties)}, "
                     f"not to '{self.penalty}'; remove it"
                 )
+        if self.target_l0 is not None and self.schedule is not None:
+            raise ValueError(
+                f"schedule and target_l0 ({self.target_l0:g}) both move the coefficient; remove one"
+            )
         if self.target_l0 is not None and self.coeff == 0:
             raise ValueError(
                 "coeff (0) is where the controller of target_l0 starts, and it multiplies; set it "
@@ -236,10 +243,12 @@ class LogitsKLLoss(CoeffTerm):
     """KL(orig || new) of the distributions over the next token, in nats per token."""
 
     needs_logits: ClassVar[bool] = True
+    needs_raw_logits: ClassVar[bool] = True
 
     balance_with: Literal["out_to_in", "out_to_orig", "in_to_orig"] | None = None
-    """Error whose size the KL is brought to: it is multiplied by the ratio of that error, summed
-    over positions, to itself, which has no gradient (Karvonen 2025). null: it is taken as it is."""
+    """Error whose size the KL is brought to: it is multiplied by the ratio of that error to itself,
+    which has no gradient (Karvonen 2025). The error is summed over positions, or for in_to_orig
+    averaged, as in the loss. null: the KL is taken as it is."""
 
     def calc(self, runs: "Runs") -> "dict[str, Tensor]":
         """See `sparsify.kernels.chunked.chunked_kl`."""
@@ -264,8 +273,11 @@ class NextTokenCELoss(CoeffTerm):
         assert runs.new_resid is not None
         assert runs.unembed is not None
         assert runs.next_tokens is not None
-        has_next = runs.next_tokens != NO_TARGET
-        resid, targets = runs.new_resid[has_next], runs.next_tokens[has_next]
+        if runs.next_tokens.ndim == 2:  # all tokens of each sequence, of which the last has no next
+            resid, targets = runs.new_resid[:, :-1], runs.next_tokens[:, :-1]
+        else:
+            has_next = runs.next_tokens != NO_TARGET
+            resid, targets = runs.new_resid[has_next], runs.next_tokens[has_next]
         return {"": chunked_cross_entropy(resid, targets, runs.unembed)}
 
 

@@ -49,7 +49,7 @@ class LossConfig(BaseConfig):
     """The loss: a weighted sum of terms. Null leaves a term out."""
 
     sparsity: SparsityLoss | None = None
-    """Mean p-norm of the SAEs' codes."""
+    """Mean penalty of the SAEs' codes."""
 
     in_to_orig: InToOrigLoss | None = None
     """Error at chosen hook points, between the spliced and the raw run."""
@@ -196,5 +196,6 @@ def _balance(losses: LossConfig, values: "dict[str, dict[str, Tensor]]") -> "Ten
     name = losses.logits_kl.balance_with if losses.logits_kl else None
     if name is None:
         return None
-    error = torch.stack(list(values[name].values())).sum()
+    errors = torch.stack(list(values[name].values()))
+    error = errors.mean() if name == "in_to_orig" else errors.sum()
     return (error / (values["logits_kl"][""] + KL_EPS)).detach()

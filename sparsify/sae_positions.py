@@ -36,10 +36,7 @@ def reads_of(sae: SAEConfig, positions: list[str], sources: list[str]) -> dict[s
         )
     for position, source in zip(positions, sources, strict=True):
         if position == source:
-            raise UserError(
-                f"read_positions: '{source}' is also where its transcoder writes; name a hook "
-                "point before it, or take another kind"
-            )
+            raise UserError(_reads_what_it_writes(source))
     return dict(zip(positions, sources, strict=True))
 
 
@@ -67,6 +64,9 @@ def act_widths(
                 "fits there, so remove one of them"
             )
     check_hook_names(reads.values(), known, "read_positions")
+    for position, source in reads.items():
+        if source != position and known[source] is known[position]:
+            raise UserError(_reads_what_it_writes(source))
     if sources := [name for name in dict.fromkeys(reads.values()) if name not in positions]:
         model.probe(sources, "read_positions")
     shapes = model.probe(dict.fromkeys([*reads.values(), *positions]), "sae_positions")
@@ -78,3 +78,10 @@ def act_widths(
                 "writes; name a hook point before it"
             )
     return {name: prod(shape) for name, shape in shapes.items()}
+
+
+def _reads_what_it_writes(source: str) -> str:
+    return (
+        f"read_positions: '{source}' is also where its transcoder writes; name a hook point before "
+        "it, or take another kind"
+    )

@@ -31,7 +31,7 @@ def run_step(model: "SAETransformer", tokens: Int[Tensor, "batch pos"], plan: Fo
     with torch.no_grad():
         prefix = hooked.prefix(tokens, plan.start)
         raw_hooks = keep_hooks(plan.raw_positions, orig_acts)
-        has_raw = bool(plan.raw_positions) or plan.needs_logits
+        has_raw = bool(plan.raw_positions) or plan.needs_raw_logits
         orig_resid = hooked.run(prefix, raw_hooks, plan.raw_stop) if has_raw else None
     orig_acts = {position: act.flatten(start_dim=2) for position, act in orig_acts.items()}
     if plan.is_local:
@@ -55,7 +55,9 @@ def _with_spliced_run(
     acts: Acts = {}
 
     def read_and_keep(position: str, act: Tensor, replaced: Tensor | None) -> SAEActs:
-        acts[position] = made = read(position, act, replaced)
+        # The other outputs, too, are computed in the SAE's own precision.
+        with torch.autocast(act.device.type, enabled=False):
+            acts[position] = made = read(position, act, replaced)
         return made
 
     reads = {position: model.reads[position] for position in plan.sae_positions}

@@ -154,6 +154,18 @@ def test_balanced_kl_by_hand(runs: Runs):
     assert total.item() == pytest.approx(0.5 * (mse + mse))
 
 
+def test_a_kl_is_balanced_with_the_mean_of_downstream_errors(runs: Runs):
+    # As much as they count in the loss: at two hook points the coefficient is for their mean.
+    downstream = {"hook_positions": [FIRST, SECOND], "total_coeff": 0.5}
+    balanced = {"coeff": 0.5, "balance_with": "in_to_orig"}
+    losses = LossConfig.model_validate({"logits_kl": balanced, "in_to_orig": downstream})
+    orig = {name: torch.zeros_like(acts.input) for name, acts in runs.sae_acts.items()}
+    total, values = total_loss(losses, replace(runs, orig_acts=orig))
+    error = (values[f"in_to_orig/{FIRST}"] + values[f"in_to_orig/{SECOND}"]) / 2
+    assert error > 0
+    assert total.item() == pytest.approx(0.5 * (error + error).item())
+
+
 def test_balanced_kl_has_the_gradients_of_the_paper(runs: Runs):
     leaves = [runs.new_resid, runs.sae_acts[FIRST].output, runs.sae_acts[SECOND].output]
     kl = total_loss(LossConfig.model_validate({"logits_kl": {"coeff": 1.0}}), runs)[0]

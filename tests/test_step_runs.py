@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsify.base_config import UserError
 from sparsify.forward_plan import derive_plan
 from sparsify.losses import LossConfig, total_loss
 from sparsify.runs import Runs
@@ -245,3 +247,40 @@ def test_a_local_transcoder_is_to_write_the_raw_act(transcoded: SAETransformer, 
         torch.testing.assert_close(acts.input, source.flatten(start_dim=2))
         torch.testing.assert_close(acts.target, raw[position].flatten(start_dim=2))
         assert not acts.target.requires_grad
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_other_outputs_are_in_the_precision_of_the_sae(tiny_model: Any, tokens: Tensor, kind: str):
+    model = build(tiny_model, CONFIGS[kind], ["blocks.1.hook_mlp_out"])
+    model.hooked_model.product_dtype = torch.bfloat16
+    _, runs = run(model, tokens, {"logits_kl": {"coeff": 1}, "out_to_in": {"coeff": 1}})
+    ((_, other),) = runs.others
+    for acts in (*runs.sae_acts.values(), *other.sae_acts.values()):
+        assert acts.output.dtype == torch.float32
+
+
+def test_a_cross_entropy_needs_no_raw_run(tiny_model: Any, tokens: Tensor):
+    model = build(tiny_model, TopKSAEConfig(dict_size_to_input_ratio=3, k=3), RESID)
+    losses, runs = run(model, tokens, {"next_token_ce": {"coeff": 1}})
+    plan = derive_plan(model.hooked_model, RESID, losses)
+    assert (plan.raw_positions, plan.raw_stop) == ((), 0)
+    assert runs.orig_resid is None
+    logits, _ = model(tokens)
+    expected = F.cross_entropy(logits[:, :-1].flatten(end_dim=1), tokens[:, 1:].flatten())
+    assert total_loss(losses, runs)[0].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_transcoder_cannot_read_what_it_writes_under_another_name(tiny_bridge: Any):
+    names = ["blocks.1.hook_in", "blocks.1.hook_resid_pre"]
+    sae = TranscoderConfig(dict_size_to_input_ratio=3)
+    with pytest.raises(UserError, match="is also where its transcoder writes"):
+        SAETransformer(tiny_bridge, names[:1], sae=sae, read_positions=names[1:])
+
+
+def test_losses_of_dead_elements_train_no_earlier_sae(tiny_model: Any, tokens: Tensor):
+    model = build(tiny_model, TopKSAEConfig(dict_size_to_input_ratio=3, k=3), [RESID[0], LATER])
+    losses, runs = run(model, tokens, {"aux_k": {"coeff": 1}, "next_token_ce": {"coeff": 0}})
+    dead = {name: torch.arange(sae.n_dict) >= 24 for name, sae in runs.saes.items()}
+    dead[RESID[0]].zero_()
+    total, _ = total_loss(losses, replace(runs, dead=dead))
+    assert not any(name.startswith("blocks-1") for name in gradients(total, model.saes))

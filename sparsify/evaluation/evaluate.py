@@ -6,7 +6,7 @@ stops at the last SAE. The second pass makes four runs of each batch, which shar
 the first SAE:
 
     tokens ─ shared prefix ─┬─ raw
-                            ├─ spliced: each SAE's output in place of what it reads
+                            ├─ spliced: each SAE's output in its place
                             ├─ zero-ablated: zeros there
                             └─ mean-ablated: the mean of the raw activation there
 
@@ -92,7 +92,7 @@ def evaluate(
 
 
 class _Means:
-    """Mean activations by position: of the raw model, and as the SAEs read them when spliced."""
+    """Mean activations where SAEs write: of the raw model, and of the spliced one before that."""
 
     def __init__(self, raw: dict[str, Tensor], read: dict[str, Tensor]) -> None:
         self.raw = raw

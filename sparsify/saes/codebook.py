@@ -39,8 +39,10 @@ class CodebookSAE(SAE):
 
     def encode(self, input: Float[Tensor, "*sample d_act"]) -> Float[Tensor, "*sample n_dict"]:
         """1 for the chosen codes."""
-        c = input.new_zeros(*input.shape[:-1], self.n_dict)
-        return c.scatter_(-1, self.choose(input), 1.0)
+        return self._code_of(self.choose(input), input)
+
+    def _code_of(self, index: Tensor, input: Tensor) -> Tensor:
+        return input.new_zeros(*input.shape[:-1], self.n_dict).scatter_(-1, index, 1.0)
 
     def decode(self, c: Float[Tensor, "*sample n_dict"]) -> Float[Tensor, "*sample d_act"]:
         """Sum of the codes, weighted by `c`."""
@@ -49,7 +51,7 @@ class CodebookSAE(SAE):
     def forward(self, input: Float[Tensor, "*sample d_act"]) -> SAEActs:
         """The input, its code and the sum of the chosen codes."""
         index = self.choose(input)
-        c = input.new_zeros(*input.shape[:-1], self.n_dict).scatter_(-1, index, 1.0)
+        c = self._code_of(index, input)
         chosen = F.embedding_bag(index.reshape(-1, self.k), self.codes, mode="sum")
         output = chosen.view_as(input) + (input - input.detach())
         return SAEActs(input=input, c=c, output=output)

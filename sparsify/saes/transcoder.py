@@ -24,7 +24,8 @@ from sparsify.saes.topk import keep_largest
 class Transcoder(LinearSAE):
     """Reads one hook point and writes another.
 
-    The encoder starts as any `nn.Linear` does, the skip at zero.
+    The encoder starts as any `nn.Linear` does, the skip at zero. The skip is no part of the code,
+    so `decode` leaves it out.
 
     Args:
         d_act: Width of the activation that is read.

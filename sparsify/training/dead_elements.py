@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -105,28 +105,46 @@ class DeadElements:
 
 
 @torch.no_grad()
-def resample(sae: SAE, acts: SAEActs, dead: Bool[Tensor, " n_dict"], optimizer: Optimizer) -> None:
-    """Make the dead elements of an SAE anew from inputs of this batch; the others do not change.
+def resample(
+    sae: SAE, acts: SAEActs, dead: Bool[Tensor, " n_dict"], optimizer: Optimizer
+) -> Bool[Tensor, " n_dict"]:
+    """Make dead elements of an SAE anew from inputs of this batch; the others do not change.
 
-    An input is drawn for each with a chance in proportion to the square of its squared error. The
-    optimizer forgets what it knew of their parameters.
+    An input is drawn for each with a chance in proportion to the square of its squared error. No
+    input is taken twice, since equal elements would get equal gradients for ever: if there are more
+    dead elements than different inputs, some stay dead. The optimizer forgets what it knew of the
+    parameters of those made anew.
 
     Args:
         sae: Whose elements.
         acts: What it did on the batch.
         dead: Which elements are dead.
         optimizer: Adam, of the SAE's parameters.
+
+    Returns:
+        Which elements were made anew.
     """
     index = dead.nonzero().flatten()
     if len(index) == 0:
-        return
+        return dead
     inputs, targets = acts.input.flatten(end_dim=-2), acts.target.flatten(end_dim=-2)
     errors = (targets - acts.output.flatten(end_dim=-2)).square().sum(dim=-1)
     # In units of the largest, as its square may be too much for float32.
     chances = (errors / errors.max().clamp(min=1e-30)).square() + 1e-12
-    drawn = torch.multinomial(chances, len(index), replacement=True)
+    drawn = torch.multinomial(chances, min(len(index), len(chances)))
+    drawn = drawn[_firsts(inputs[drawn])]
+    index = index[: len(drawn)]
     sae.reset_elements(index, inputs[drawn], targets[drawn], inputs.mean(dim=0))
     for parameter in sae.element_parameters():
         for value in optimizer.state[parameter].values():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 value[index] = 0.0
+    return torch.zeros_like(dead).index_fill_(0, index, True)
+
+
+def _firsts(rows: Float[Tensor, "row width"]) -> Int[Tensor, " different"]:
+    """The place of the first row of each kind of equal ones, in order."""
+    different, kind = torch.unique(rows, dim=0, return_inverse=True)
+    places = torch.arange(len(rows), device=rows.device)
+    firsts = places.new_full((len(different),), len(rows))
+    return firsts.scatter_reduce_(0, kind, places, "amin").sort().values

@@ -19,7 +19,7 @@ def geometric_median(rows: Float[Tensor, "row d_act"]) -> Float[Tensor, " d_act"
     Unlike the mean it is hardly moved by a few rows that lie far away. In float64; it stops when it
     moves by less than a millionth of the rows' mean distance, or after 100 steps.
     """
-    points = rows.double()
+    points = rows.cpu().double()  # which some accelerators do not have
     median = points.mean(dim=0)
     for _ in range(MAX_STEPS):
         distances = torch.linalg.vector_norm(points - median, dim=1)

@@ -63,7 +63,12 @@ def estimate_memory(
     # Other outputs of the SAEs take a spliced run of their own, which the backward pass needs too.
     if saes[0].other_weights and not plan.is_local:
         n_blocks, sae_floats = 2 * n_blocks, 2 * sae_floats
-    kept = len(plan.raw_positions) + len(plan.spliced_positions) + 2 * plan.needs_logits
+    kept = (
+        len(plan.raw_positions)
+        + len(plan.spliced_positions)
+        + plan.needs_logits
+        + plan.needs_raw_logits
+    )
     parameter = next(model.tlens_model.parameters())
     terms = {
         "model": n_bytes([*model.tlens_model.parameters(), *model.tlens_model.buffers()]),

@@ -61,7 +61,7 @@ SCHEDULE = {"warmup_samples": 16, "end_factor": 0.5}
 AIDED: dict[str, dict[str, Any]] = {
     "jumprelu": {
         "logits_kl": {"coeff": 1.0, "schedule": SCHEDULE},
-        "sparsity": {"coeff": 0.01, "penalty": "l0", "target_l0": 3.0, "schedule": SCHEDULE},
+        "sparsity": {"coeff": 0.01, "penalty": "l0", "target_l0": 3.0},
         "aux_k": {"coeff": 0.1},
         "pre_act": {"coeff": 0.1},
     },
@@ -270,8 +270,8 @@ def test_all_that_helps_is_at_work(aided_kind: str, whole: Path):
     if AIDED[aided_kind].get("sparsity") is not None:
         coeffs = by_name(metrics, f"coeff/train/sparsity/{POSITION}")
         l0s = by_name(metrics, f"sparsity/train/L_0/{POSITION}")
-        assert (coeffs[0] > 0.005) == (l0s[0] > 3.0)
-        assert coeffs[0] != 0.005
+        assert (coeffs[0] > 0.01) == (l0s[0] > 3.0)
+        assert coeffs[0] != 0.01
 
 
 def test_all_elements_may_be_made_anew_at_once(sae_settings: dict[str, Any], tmp_path: Path):
@@ -280,7 +280,10 @@ def test_all_elements_may_be_made_anew_at_once(sae_settings: dict[str, Any], tmp
     aids = {name: AIDS[name] for name in ("dead_elements", "resampling")}
     _, run_dir = train_saes({**content, **aids}, tmp_path)
     metrics = read_metrics(run_dir)
-    assert by_name(metrics, f"sparsity/train/dead_elements/{POSITION}")[:2] == [32, 0]
+    # Equal inputs, such as those of equal tokens at the first position, serve one element each.
+    before, after, *_ = by_name(metrics, f"sparsity/train/dead_elements/{POSITION}")
+    assert before == 32
+    assert after < before
     (saved,) = run_dir.glob("samples_*.safetensors")
     assert all(tensor.isfinite().all() for tensor in load_file(saved).values())
 

@@ -126,7 +126,7 @@ def test_a_batch_without_tokens_is_forgotten():
 
 
 BOTH: dict[str, object] = {
-    "sparsity": {"coeff": 3, "target_l0": 10, "schedule": {"warmup_samples": 40}},
+    "sparsity": {"coeff": 3, "target_l0": 10},
     "out_to_in": {"coeff": 2, "schedule": {"end_factor": 0.5}},
 }
 
@@ -158,8 +158,8 @@ def test_metrics_are_the_coefficients_of_the_moment():
     now.update(runs_with_l0(20, 10), 20)
     metrics = now.metrics()
     assert metrics["coeff/train/out_to_in"] == pytest.approx(2 * (1 - 0.5 * 20 / 110))
-    assert metrics[f"coeff/train/sparsity/{FIRST}"] == pytest.approx(3 * 0.5 * factor_after(20.0))
-    assert metrics[f"coeff/train/sparsity/{SECOND}"] == pytest.approx(3 * 0.5)
+    assert metrics[f"coeff/train/sparsity/{FIRST}"] == pytest.approx(3 * factor_after(20.0))
+    assert metrics[f"coeff/train/sparsity/{SECOND}"] == pytest.approx(3)
 
 
 def test_a_controlled_coefficient_is_a_metric_of_each_position():

@@ -194,25 +194,26 @@ def test_resampling_changes_dead_elements_alone_and_adam_forgets_them(sae: SAE):
 
 def test_new_elements_read_and_write_the_input_that_is_badly_reconstructed(sae: SAE):
     optimizer, acts = train(sae, 3), badly_reconstructed(sae)
-    resample(sae, acts, DEAD, optimizer)
+    one = torch.zeros_like(DEAD).index_fill_(0, DEAD.nonzero()[0], True)
+    assert resample(sae, acts, one, optimizer).equal(one)
     inputs, targets = acts.input.flatten(end_dim=1), acts.target.flatten(end_dim=1)
     if isinstance(sae, CodebookSAE):
-        mean_length = sae.codes[~DEAD].norm(dim=1).mean()
+        mean_length = sae.codes[~one].norm(dim=1).mean()
         expected = F.normalize(targets[WORST], dim=0) * mean_length
-        torch.testing.assert_close(sae.codes[DEAD], expected.expand(3, -1))
+        torch.testing.assert_close(sae.codes[one], expected.expand(1, -1))
         return
     assert isinstance(sae, LinearSAE)
     skipped = sae.get_submodule("skip")(inputs[WORST]) if isinstance(sae, Transcoder) else 0
     written = F.normalize(targets[WORST] - sae.decoder.bias - skipped, dim=0)
-    torch.testing.assert_close(sae.decoder.elements[DEAD], written.expand(3, -1))
+    torch.testing.assert_close(sae.decoder.elements[one], written.expand(1, -1))
     # A fifth of the norm of the others, in the direction of the input from the middle.
     centre = sae.decoder.bias if sae.is_centred else inputs.mean(dim=0)
     read = inputs[WORST] - centre
-    norm = 0.2 * sae.affine.weight[~DEAD].norm(dim=1).mean()
+    norm = 0.2 * sae.affine.weight[~one].norm(dim=1).mean()
     expected = norm * F.normalize(read, dim=0)
-    torch.testing.assert_close(sae.affine.weight[DEAD], expected.expand(3, -1))
-    pre_acts = sae.pre_acts_of(inputs[WORST], DEAD.nonzero().flatten())
-    torch.testing.assert_close(pre_acts, (norm * read.norm()).expand(3))
+    torch.testing.assert_close(sae.affine.weight[one], expected.expand(1, -1))
+    pre_acts = sae.pre_acts_of(inputs[WORST], one.nonzero().flatten())
+    torch.testing.assert_close(pre_acts, (norm * read.norm()).expand(1))
 
 
 def test_new_elements_start_with_what_all_started_with():
@@ -226,13 +227,30 @@ def test_new_elements_start_with_what_all_started_with():
 
 
 def test_inputs_are_drawn_by_the_square_of_their_squared_error():
-    sae = CodebookSAE(2, 4001, k=1)
-    dead = torch.arange(4001) > 0
+    sae, dead = CodebookSAE(2, 2, k=1), torch.tensor([False, True])
     inputs = torch.tensor([[1.0, 0.0], [0.0, 2**0.5]])  # squared errors 1 and 2: chances 1 and 4
-    acts = SAEActs(inputs, torch.zeros(2, 4001), torch.zeros(2, 2))
-    resample(sae, acts, dead, build_adam(sae.parameters(), lr=1e-3))
-    # The standard deviation of the share is 0.006.
-    assert (sae.codes[dead][:, 1] > 0).float().mean().item() == pytest.approx(0.8, abs=0.03)
+    acts, optimizer = (
+        SAEActs(inputs, torch.zeros(2, 2), torch.zeros(2, 2)),
+        build_adam(sae.parameters(), lr=1e-3),
+    )
+    n_seconds = 0
+    for _ in range(1000):
+        resample(sae, acts, dead, optimizer)
+        n_seconds += int(sae.codes[1, 1] > 0)
+    # The standard deviation of the share is 0.013.
+    assert n_seconds / 1000 == pytest.approx(0.8, abs=0.06)
+
+
+def test_no_two_new_elements_are_equal():
+    sae, dead = TopKSAE(3, 9, k=2), torch.arange(9) > 0
+    same = torch.randn(1, 3)
+    inputs = torch.cat([100 * same, 100 * same, torch.randn(4, 3)])
+    acts = SAEActs(inputs, torch.zeros(6, 9), torch.zeros(6, 3))
+    made_anew = resample(sae, acts, dead, build_adam(sae.parameters(), lr=1e-3))
+    # Eight are dead, but five inputs are different.
+    assert made_anew.sum() == 5
+    assert not (made_anew & ~dead).any()
+    assert len(sae.decoder.elements[made_anew].unique(dim=0)) == 5
 
 
 def test_without_dead_elements_nothing_changes(sae: SAE):

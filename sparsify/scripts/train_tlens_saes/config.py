@@ -140,7 +140,7 @@ class Config(SAETransformerConfig, TrainingConfig):
     def default_run_name(self) -> str:
         """A name made from the settings that matter."""
         kind = "local"
-        if self.loss.logits_kl is not None:
+        if any(term.needs_logits for term in self.loss.terms().values()):
             kind = "e2e"
         if self.loss.in_to_orig is not None:
             kind = f"{kind}-downstream"

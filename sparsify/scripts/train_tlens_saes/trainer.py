@@ -58,13 +58,14 @@ class Trainer:
             self.model, config.collect_act_frequency_every_n_samples, config.act_frequency_n_tokens
         )
         self.coefficients = Coefficients(
-            config.loss, self.saes, config.n_samples, torch.device(self.device)
+            config.loss, self.trained_saes, config.n_samples, torch.device(self.device)
         )
         self.dead = config.dead_elements and DeadElements(config.dead_elements, self.saes)
         self.resampling = Every(config.resampling and config.resampling.every_n_samples)
-        tokenizer = find_tokenizer(config.train_data, self.model.tlens_model)
-        self.bos_token = None if tokenizer is None else bos_token(tokenizer)
+        self.bos_token: int | None = None
         if config.ignored_tokens is not None:
+            tokenizer = find_tokenizer(config.train_data, self.model.tlens_model)
+            self.bos_token = None if tokenizer is None else bos_token(tokenizer)
             config.ignored_tokens.check(self.bos_token)
         optimizers = [build_adam(parameters, config.lr)]
         # To look at each number would make a GPU wait; there it is done when something is logged.
@@ -85,6 +86,8 @@ class Trainer:
         n_batches = self.config.n_batches - self.n_samples // self.config.batch_size
         grad_norm = torch.zeros(())
         self.model.train()
+        for position in self.saes.keys() - self.trained_saes.keys():
+            self.saes[position].eval()
         if self.n_samples == 0:
             self.evaluate(sink)
         for tokens in islice(self.loader, n_batches):
@@ -139,9 +142,8 @@ class Trainer:
             return
         if self.n_samples <= resampling.until_n_samples and self.dead is not None:
             for position, sae in self.trained_saes.items():
-                elements = self.dead.dead(position)
-                resample(sae, runs.sae_acts[position], elements, self.stepper.optimizers[0])
-                self.dead.forget(position, elements)
+                dead, acts = self.dead.dead(position), runs.sae_acts[position]
+                self.dead.forget(position, resample(sae, acts, dead, self.stepper.optimizers[0]))
 
     def set_decoder_bias(self, tokens: Tensor) -> None:
         """Set the decoders' biases to the middle of what stands there on a batch."""
@@ -202,7 +204,9 @@ class Trainer:
         self.coefficients.load_state_dict(state["coefficients"])
         if self.dead is not None:
             self.dead.load_state_dict(state["dead"])
-        self.resampling = Every(self.resampling.period, self.n_samples)
+        # It is asked after optimizer steps alone, and the checkpoint may lie between two.
+        n_stepped = self.n_samples - self.n_samples % self.config.samples_per_step
+        self.resampling = Every(self.resampling.period, n_stepped)
         set_random_state(state["random"])
 
     def check_gradient(self, grad_norm: Tensor) -> None:
