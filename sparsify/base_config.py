@@ -24,6 +24,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from sparsify.config_help import explain_kinds
 from sparsify.secrets import redact_secrets
 from sparsify.strict_yaml import parse_yaml
 
@@ -263,6 +264,8 @@ def _add_field_options(
         cli_hide_none_type=False,
         cli_avoid_json=True,
     )
+
+    explain_kinds(parser, config_class)
 
     def read(namespace: argparse.Namespace) -> dict[str, Any]:
         try:

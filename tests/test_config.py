@@ -3,8 +3,8 @@ from typing import Any
 
 import pytest
 
-from sparsify.base_config import dump_yaml
-from sparsify.config import ReLUSAEs, SAETransformerConfig
+from sparsify.base_config import dump_yaml, load_config
+from sparsify.config import PLACED, ReLUSAEs, SAETransformerConfig, TopKSAEs
 from sparsify.saes.config import ReLUSAEConfig
 
 SAES: dict[str, Any] = {"sae_positions": ["hook_resid_pre"], "dict_size_to_input_ratio": 2}
@@ -46,6 +46,27 @@ def test_config_reads_back_equal(model: dict[str, str]):
 def test_bad_saes_are_rejected(fields: dict[str, object], message: str):
     with pytest.raises(ValueError, match=message):
         ReLUSAEs.model_validate(SAES | fields)
+
+
+def test_help_says_which_kinds_a_setting_belongs_to(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        load_config(SAETransformerConfig, ["--help"], "")
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"--saes.kind {{{','.join(PLACED)}}} One of these kinds. (default: relu)" in said
+    assert "--saes.bandwidth float Kind jumprelu: Width of the window" in said
+    assert "--saes.sae_positions list[str] Hook points" in said
+
+
+def test_a_kind_and_its_settings_can_be_chosen_on_the_command_line(tmp_path: Path):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        dump_yaml(SAETransformerConfig(tlens_model_name="gpt2", saes=ReLUSAEs.model_validate(SAES)))
+    )
+    config = load_config(
+        SAETransformerConfig, [str(path), "--saes.kind", "topk", "--saes.k", "3"], ""
+    )
+    assert isinstance(config.saes, TopKSAEs)
+    assert config.saes.k == 3
 
 
 @pytest.mark.parametrize("fields", [{}, {"tlens_model_name": "gpt2", "tlens_model_path": "a"}])
