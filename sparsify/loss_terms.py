@@ -114,6 +114,10 @@ class SparsityLoss(CoeffTerm):
     target_l0: PositiveFinite | None = None
     """Active elements per token that a controller moves the coefficient to reach, from `coeff`.
     null: the coefficient stays."""
+    target_warmup_samples: NonNegativeInt = 0
+    """Samples over which the target moves to target_l0, by equal factors, from what L0 is at first.
+    Where elements that have stopped firing hardly come back, as in JumpReLU SAEs, L0 must not fall
+    below its target."""
 
     def calc(self, runs: "Runs") -> "dict[str, Tensor]":
         """See `sparsify.loss_functions.sparsity` and its neighbours."""
@@ -141,6 +145,11 @@ class SparsityLoss(CoeffTerm):
                     f"{name} ({getattr(self, name)}) belongs to penalty {' and '.join(penalties)}, "
                     f"not to '{self.penalty}'; remove it"
                 )
+        if self.target_l0 is None and self.target_warmup_samples > 0:
+            raise ValueError(
+                f"target_warmup_samples ({self.target_warmup_samples}) belongs to target_l0, which "
+                "is null; set that, or remove it"
+            )
         if self.target_l0 is not None and self.schedule is not None:
             raise ValueError(
                 f"schedule and target_l0 ({self.target_l0:g}) both move the coefficient; remove one"

@@ -144,6 +144,14 @@ KINDS: dict[str, tuple[Mapping[str, Any], str]] = {
         _kind("topk", k=2) | {"loss.sparsity": {"coeff": 0.1, "target_l0": 4}},
         "loss.sparsity.target_l0 (4): saes.k (2) decides how many elements are active; remove",
     ),
+    "moving target without a target": (
+        _sparsity(target_warmup_samples=8),
+        "target_warmup_samples (8) belongs to target_l0, which is null; set that, or remove it",
+    ),
+    "target that moves too long": (
+        {"saes.kind": "relu", **_sparsity(target_l0=4, target_warmup_samples=10**6)},
+        "loss.sparsity.target_warmup_samples (1000000) must be below n_samples",
+    ),
     "L0 from a coefficient of zero": (
         _sparsity(target_l0=4, coeff=0),
         "loss.sparsity: coeff (0) is where the controller of target_l0 starts, and it multiplies; ",

@@ -40,13 +40,22 @@ class L0Controller:
 
     def __init__(self, target: float, device: torch.device) -> None:
         self.target = target
+        self.first = torch.tensor(math.nan, device=device)
+        """log(L0 / target) of the first step."""
         self.fast = torch.tensor(math.nan, device=device)
         self.slow = torch.tensor(math.nan, device=device)
         self.sum = torch.zeros((), device=device)
 
-    def update(self, l0: Tensor) -> None:
-        """Take note of a step's mean number of active elements per token."""
-        error = (l0 / self.target).clamp(min=1e-3).log()
+    def update(self, l0: Tensor, progress: float = 1.0) -> None:
+        """Take note of a step's mean number of active elements per token.
+
+        Args:
+            l0: That number.
+            progress: How far the target has moved, from 0, the first L0, to 1, where it stays.
+        """
+        distance = (l0 / self.target).clamp(min=1e-3).log()
+        self.first = torch.where(self.first.isnan(), distance, self.first)
+        error = distance - (1 - progress) * self.first.nan_to_num(0.0)
         error = torch.where(error.isnan(), self.fast.nan_to_num(0.0), error)  # there was no token
         self.fast = torch.where(self.fast.isnan(), error, self.fast.lerp(error, 1 / FAST))
         self.slow = torch.where(self.slow.isnan(), error, self.slow.lerp(error, 1 / SLOW))
@@ -63,10 +72,11 @@ class L0Controller:
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the next factors depend on."""
-        return {"fast": self.fast, "slow": self.slow, "sum": self.sum}
+        return {"first": self.first, "fast": self.fast, "slow": self.slow, "sum": self.sum}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state_dict` returned."""
+        self.first = state["first"].to(self.first)
         self.fast = state["fast"].to(self.fast)
         self.slow = state["slow"].to(self.slow)
         self.sum = state["sum"].to(self.sum)
@@ -92,6 +102,7 @@ class Coefficients:
         }
         self.coeffs = {name: term.position_coeff for name, term in losses.terms().items()}
         target = losses.sparsity.target_l0 if losses.sparsity else None
+        self.target_warmup = losses.sparsity.target_warmup_samples if losses.sparsity else 0
         self.controllers = {
             position: L0Controller(target, device) for position in positions if target is not None
         }
@@ -108,9 +119,10 @@ class Coefficients:
     def update(self, runs: Runs, n_samples: int) -> None:
         """Take note of a step that ended after `n_samples`."""
         self.n_done = n_samples
+        progress = min(1.0, n_samples / self.target_warmup) if self.target_warmup else 1.0
         for position, controller in self.controllers.items():
             c = runs.sae_acts[position].c.detach()
-            controller.update(torch.count_nonzero(c) / c[..., 0].numel())
+            controller.update(torch.count_nonzero(c) / c[..., 0].numel(), progress)
 
     def metrics(self) -> dict[str, float]:
         """Coefficients that change, as they are now."""

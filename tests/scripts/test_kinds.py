@@ -61,7 +61,12 @@ SCHEDULE = {"warmup_samples": 16, "end_factor": 0.5}
 AIDED: dict[str, dict[str, Any]] = {
     "jumprelu": {
         "logits_kl": {"coeff": 1.0, "schedule": SCHEDULE},
-        "sparsity": {"coeff": 0.01, "penalty": "l0", "target_l0": 3.0},
+        "sparsity": {
+            "coeff": 0.01,
+            "penalty": "l0",
+            "target_l0": 3.0,
+            "target_warmup_samples": 20,
+        },
         "aux_k": {"coeff": 0.1},
         "pre_act": {"coeff": 0.1},
     },

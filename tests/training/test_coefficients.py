@@ -121,6 +121,22 @@ def test_the_factor_of_a_target_out_of_reach_is_bounded_and_comes_back(l0: float
     assert logs[899] < math.log(1e6) - 2  # on the other side it goes back at once
 
 
+@pytest.mark.parametrize(
+    ("l0", "n_samples", "direction"),
+    [(40, 0, 0), (20, 20, 0), (21, 20, 1), (19, 20, -1), (10, 40, 0), (11, 110, 1)],
+)
+def test_the_target_moves_from_the_first_l0_by_equal_factors(
+    l0: int, n_samples: int, direction: int
+):
+    # From 40 to 10 in 40 samples, so half way it is 20.
+    sparsity = {"coeff": 1, "target_l0": 10, "target_warmup_samples": 40}
+    now = coefficients({"sparsity": sparsity})
+    now.update(runs_with_l0(40, 10), 0)
+    now.update(runs_with_l0(l0, 10), n_samples)
+    assert math.log(now.factor("sparsity", FIRST)) * direction >= 0
+    assert (now.factor("sparsity", FIRST) == pytest.approx(1, abs=1e-5)) == (direction == 0)
+
+
 def test_a_batch_without_tokens_is_forgotten():
     assert 1 < factor_after(20.0, math.nan, 20.0) < 10
 

@@ -123,6 +123,12 @@ class Config(SAETransformerConfig, TrainingConfig):
                     f"loss.{name}.schedule.warmup_samples ({warmup}) must be below n_samples "
                     f"({self.n_samples}), or the coefficient never reaches its value"
                 )
+        warmup = self.loss.sparsity.target_warmup_samples if self.loss.sparsity else 0
+        if warmup >= self.n_samples:
+            raise ValueError(
+                f"loss.sparsity.target_warmup_samples ({warmup}) must be below n_samples "
+                f"({self.n_samples}), or target_l0 is never the target"
+            )
         n_tokens = self.n_samples * self.train_data.n_ctx
         if self.dead_elements and self.dead_elements.after_n_tokens >= n_tokens:
             raise ValueError(
