@@ -11,7 +11,7 @@ The total is the sum of coefficient times value over terms and positions:
     aux_k.coeff            * sum over SAEs of   error of dead elements
     pre_act.coeff          * sum over SAEs of   distance of dead elements from firing
 
-The terms are in `sparsify.loss_terms`.
+The terms are in `sparsify.loss_terms` and `sparsify.code_terms`.
 """
 
 from collections.abc import Callable
@@ -20,16 +20,14 @@ from typing import TYPE_CHECKING, Self
 from pydantic import model_validator
 
 from sparsify.base_config import BaseConfig
+from sparsify.code_terms import AuxKLoss, PreActLoss, SparsityLoss
 from sparsify.loss_terms import (
-    AuxKLoss,
     InToOrigLoss,
     LogitsKLLoss,
     LossTerm,
     NextTokenCELoss,
     OutToInLoss,
     OutToOrigLoss,
-    PreActLoss,
-    SparsityLoss,
 )
 from sparsify.saes.config import SAEConfig
 

@@ -1,9 +1,9 @@
 """SAEs whose effect on a model is known."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sparsify.saes.base import SAE
+from sparsify.saes.base import SAE, NewElements
 
 
 class IdentitySAE(SAE):
@@ -22,6 +22,12 @@ class IdentitySAE(SAE):
     @property
     def dict_elements(self) -> Tensor:
         return torch.cat([torch.eye(self.d_act), -torch.eye(self.d_act)])
+
+    def element_parameters(self) -> list[nn.Parameter]:
+        return []
+
+    def reset_elements(self, new: NewElements) -> None:
+        """It has nothing that could change."""
 
 
 class FailingSAE(IdentitySAE):

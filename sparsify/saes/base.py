@@ -8,11 +8,29 @@ number of dictionary elements.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sparsify.saes.acts import SAEActs
+
+
+@dataclass(frozen=True)
+class NewElements:
+    """What dictionary elements are made anew from."""
+
+    index: Int[Tensor, " some"]
+    """Which elements."""
+
+    inputs: Float[Tensor, "some d_act"]
+    """What each is to read."""
+
+    targets: Float[Tensor, "some d_out"]
+    """What each is to write."""
+
+    mean_input: Float[Tensor, " d_act"]
+    """Mean of all inputs."""
 
 
 class SAE(nn.Module, ABC):
@@ -52,7 +70,7 @@ class SAE(nn.Module, ABC):
 
     def other_output(self, acts: SAEActs, index: int) -> Float[Tensor, "*sample d_out"]:
         """The other output whose weight is `other_weights[index]`."""
-        raise NotImplementedError(f"{type(self).__name__} has no other outputs")
+        raise IndexError(f"{type(self).__name__} has no other output {index}")
 
     def learn_from(self, acts: SAEActs) -> None:
         """Learn from a training batch what no gradient teaches."""
@@ -63,26 +81,13 @@ class SAE(nn.Module, ABC):
     def restore_constraints(self) -> None:
         """Bring the parameters back to where the SAE's constraints hold. After each step."""
 
+    @abstractmethod
     def element_parameters(self) -> list[nn.Parameter]:
         """Parameters with a row for each dictionary element."""
-        raise NotImplementedError(f"elements of {type(self).__name__} cannot be made anew")
 
-    def reset_elements(
-        self,
-        index: Int[Tensor, " some"],
-        inputs: Float[Tensor, "some d_act"],
-        targets: Float[Tensor, "some d_out"],
-        mean_input: Float[Tensor, " d_act"],
-    ) -> None:
-        """Make elements anew, each to read an input and write its target.
-
-        Args:
-            index: Which elements.
-            inputs: What each is to read.
-            targets: What each is to write.
-            mean_input: Mean of all inputs.
-        """
-        raise NotImplementedError(f"elements of {type(self).__name__} cannot be made anew")
+    @abstractmethod
+    def reset_elements(self, new: NewElements) -> None:
+        """Make elements anew, each to read an input and write its target."""
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsify.saes.acts import SAEActs
-from sparsify.saes.base import SAE
+from sparsify.saes.base import SAE, NewElements
 
 
 class CodebookSAE(SAE):
@@ -66,15 +66,9 @@ class CodebookSAE(SAE):
         return [self.codes]
 
     @torch.no_grad()
-    def reset_elements(
-        self,
-        index: Int[Tensor, " some"],
-        inputs: Float[Tensor, "some d_act"],
-        targets: Float[Tensor, "some d_out"],
-        mean_input: Float[Tensor, " d_act"],
-    ) -> None:
+    def reset_elements(self, new: NewElements) -> None:
         """Make codes anew in the directions of their targets, as long as the others on average."""
-        others = torch.ones(self.n_dict, dtype=torch.bool, device=index.device)
-        others[index] = False
+        others = torch.ones(self.n_dict, dtype=torch.bool, device=new.index.device)
+        others[new.index] = False
         kept = self.codes[others] if others.any() else self.codes
-        self.codes[index] = F.normalize(targets, dim=1) * kept.norm(dim=1).mean()
+        self.codes[new.index] = F.normalize(new.targets, dim=1) * kept.norm(dim=1).mean()

@@ -12,11 +12,12 @@ it is the KL of one more spliced run.
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsify.saes.acts import SAEActs
+from sparsify.saes.base import NewElements
 from sparsify.saes.linear import LinearSAE
 
 
@@ -56,14 +57,8 @@ class GatedSAE(LinearSAE):
         return [*super().element_parameters(), self.log_scale, self.magnitude_bias]
 
     @torch.no_grad()
-    def reset_elements(
-        self,
-        index: Int[Tensor, " some"],
-        inputs: Float[Tensor, "some d_act"],
-        targets: Float[Tensor, "some d_out"],
-        mean_input: Float[Tensor, " d_act"],
-    ) -> None:
+    def reset_elements(self, new: NewElements) -> None:
         """Make elements anew, with magnitudes like the gates."""
-        super().reset_elements(index, inputs, targets, mean_input)
-        self.log_scale[index] = 0.0
-        self.magnitude_bias[index] = 0.0
+        super().reset_elements(new)
+        self.log_scale[new.index] = 0.0
+        self.magnitude_bias[new.index] = 0.0

@@ -18,11 +18,12 @@ import math
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sparsify.saes.acts import SAEActs
+from sparsify.saes.base import NewElements
 from sparsify.saes.linear import LinearSAE
 
 
@@ -117,13 +118,7 @@ class JumpReLUSAE(LinearSAE):
         return [*super().element_parameters(), self.log_threshold]
 
     @torch.no_grad()
-    def reset_elements(
-        self,
-        index: Int[Tensor, " some"],
-        inputs: Float[Tensor, "some d_act"],
-        targets: Float[Tensor, "some d_out"],
-        mean_input: Float[Tensor, " d_act"],
-    ) -> None:
+    def reset_elements(self, new: NewElements) -> None:
         """Make elements anew, with the threshold that all started with."""
-        super().reset_elements(index, inputs, targets, mean_input)
-        self.log_threshold[index] = math.log(self.initial_threshold)
+        super().reset_elements(new)
+        self.log_threshold[new.index] = math.log(self.initial_threshold)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from sparsify.kernels.sparse import decode_active, find_active
 from sparsify.saes.acts import SAEActs
-from sparsify.saes.base import SAE
+from sparsify.saes.base import SAE, NewElements
 
 RESET_ENCODER_SCALE = 0.2
 """Norm of a reset element's encoder row, relative to the others' mean (Bricken et al. 2023)."""
@@ -187,25 +187,19 @@ class LinearSAE(SAE):
         return [*encoder, self.decoder.elements]
 
     @torch.no_grad()
-    def reset_elements(
-        self,
-        index: Int[Tensor, " some"],
-        inputs: Float[Tensor, "some d_act"],
-        targets: Float[Tensor, "some d_out"],
-        mean_input: Float[Tensor, " d_act"],
-    ) -> None:
+    def reset_elements(self, new: NewElements) -> None:
         """Make elements anew, each to read an input and write its target.
 
         As in Bricken et al. 2023 the encoder's rows get a fifth of the mean norm of the other rows,
         and the encoder's bias is zero there; if the encoder does not subtract the decoder's bias,
         it is what subtracting the mean input comes to.
         """
-        others = torch.ones(self.n_dict, dtype=torch.bool, device=index.device)
-        others[index] = False
+        others = torch.ones(self.n_dict, dtype=torch.bool, device=new.index.device)
+        others[new.index] = False
         kept = self.affine.weight[others] if others.any() else self.affine.weight
         scale = RESET_ENCODER_SCALE * kept.norm(dim=1).mean()
-        centre = self.decoder.bias if self.is_centred else mean_input
-        rows = scale * F.normalize(inputs - centre, dim=1)
-        self.affine.weight[index] = rows
-        self.affine.bias[index] = 0.0 if self.is_centred else -(rows @ centre)
-        self.decoder.elements[index] = F.normalize(targets - self.decoder.bias, dim=1)
+        centre = self.decoder.bias if self.is_centred else new.mean_input
+        rows = scale * F.normalize(new.inputs - centre, dim=1)
+        self.affine.weight[new.index] = rows
+        self.affine.bias[new.index] = 0.0 if self.is_centred else -(rows @ centre)
+        self.decoder.elements[new.index] = F.normalize(new.targets - self.decoder.bias, dim=1)

@@ -13,10 +13,11 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparsify.saes.acts import SAEActs
+from sparsify.saes.base import NewElements
 from sparsify.saes.linear import LinearSAE
 from sparsify.saes.topk import keep_largest
 
@@ -67,14 +68,8 @@ class Transcoder(LinearSAE):
         return replace(acts, output=acts.output + self.skip(input))
 
     @torch.no_grad()
-    def reset_elements(
-        self,
-        index: Int[Tensor, " some"],
-        inputs: Float[Tensor, "some d_act"],
-        targets: Float[Tensor, "some d_out"],
-        mean_input: Float[Tensor, " d_act"],
-    ) -> None:
+    def reset_elements(self, new: NewElements) -> None:
         """Make elements anew, each to write what the skip leaves of its target."""
         if self.skip is not None:
-            targets = targets - self.skip(inputs)
-        super().reset_elements(index, inputs, targets, mean_input)
+            new = replace(new, targets=new.targets - self.skip(new.inputs))
+        super().reset_elements(new)

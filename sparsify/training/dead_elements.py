@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from sparsify.evaluation.firing import FiringCounter
 from sparsify.runs import Runs
 from sparsify.saes.acts import SAEActs
-from sparsify.saes.base import SAE
+from sparsify.saes.base import SAE, NewElements
 from sparsify.training.config import DeadElementsConfig
 
 
@@ -134,7 +134,7 @@ def resample(
     drawn = torch.multinomial(chances, min(len(index), len(chances)))
     drawn = drawn[_firsts(inputs[drawn])]
     index = index[: len(drawn)]
-    sae.reset_elements(index, inputs[drawn], targets[drawn], inputs.mean(dim=0))
+    sae.reset_elements(NewElements(index, inputs[drawn], targets[drawn], inputs.mean(dim=0)))
     for parameter in sae.element_parameters():
         for value in optimizer.state[parameter].values():
             if isinstance(value, Tensor) and value.shape == parameter.shape:

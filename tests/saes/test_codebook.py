@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 
+from sparsify.saes.base import NewElements
 from sparsify.saes.build import build_sae
 from sparsify.saes.codebook import CodebookSAE
 from sparsify.saes.config import CodebookSAEConfig
@@ -83,7 +84,9 @@ def test_codes_made_anew_point_to_their_targets_and_leave_the_others_as_they_are
     sae = tiny_sae()
     before = copy.deepcopy(sae.codes)
     targets = torch.tensor([[3.0, 4.0], [-8.0, 6.0]])
-    sae.reset_elements(torch.tensor([3, 0]), torch.randn(2, 2), targets, torch.zeros(2))
+    sae.reset_elements(
+        NewElements(torch.tensor([3, 0]), torch.randn(2, 2), targets, torch.zeros(2))
+    )
     length = (1 + 2**0.5) / 2  # the mean of (0, 1) and (1, 1)
     expected = length * torch.tensor([[0.6, 0.8], [-0.8, 0.6]])
     torch.testing.assert_close(sae.codes[[3, 0]], expected)

@@ -1,5 +1,6 @@
 import torch
 
+from sparsify.saes.base import NewElements
 from sparsify.saes.build import build_sae
 from sparsify.saes.config import GatedSAEConfig
 from sparsify.saes.gated import GatedSAE
@@ -87,6 +88,8 @@ def test_at_the_start_magnitudes_are_the_gates():
 
 def test_elements_made_anew_have_magnitudes_like_their_gates():
     sae = tiny_sae()
-    sae.reset_elements(torch.tensor([0]), torch.randn(1, 2), torch.randn(1, 2), torch.zeros(2))
+    sae.reset_elements(
+        NewElements(torch.tensor([0]), torch.randn(1, 2), torch.randn(1, 2), torch.zeros(2))
+    )
     torch.testing.assert_close(sae.log_scale, torch.zeros(4))
     torch.testing.assert_close(sae.magnitude_bias, torch.tensor([0.0, 3.0, 0.0, 0.0]))

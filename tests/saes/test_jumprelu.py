@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsify.saes.base import NewElements
 from sparsify.saes.build import build_sae
 from sparsify.saes.config import JumpReLUSAEConfig
 from sparsify.saes.jumprelu import JumpReLU, JumpReLUSAE, Step
@@ -112,5 +113,7 @@ def test_the_output_trains_all_parameters_as_worked_out_by_hand():
 
 def test_elements_made_anew_have_the_threshold_that_all_started_with():
     sae = tiny_sae()
-    sae.reset_elements(torch.tensor([1]), torch.randn(1, 2), torch.randn(1, 2), torch.zeros(2))
+    sae.reset_elements(
+        NewElements(torch.tensor([1]), torch.randn(1, 2), torch.randn(1, 2), torch.zeros(2))
+    )
     torch.testing.assert_close(sae.threshold, torch.tensor([1.9, 0.25, 2.0]))

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsify.kernels import sparse
+from sparsify.saes.base import NewElements
 from sparsify.saes.batch_topk import BatchTopKSAE
 from sparsify.saes.gated import GatedSAE
 from sparsify.saes.jumprelu import JumpReLUSAE
@@ -168,7 +169,7 @@ def with_new_elements(name: str) -> tuple[LinearSAE, LinearSAE, Tensor, Tensor, 
             parameter.normal_()
     before = copy.deepcopy(sae)
     inputs, targets, mean = torch.randn(2, 4), torch.randn(2, sae.d_out), torch.randn(4)
-    sae.reset_elements(torch.tensor([7, 2]), inputs, targets, mean)
+    sae.reset_elements(NewElements(torch.tensor([7, 2]), inputs, targets, mean))
     return before, sae, inputs, targets, mean
 
 
@@ -201,7 +202,9 @@ def test_elements_made_anew_read_their_input_and_write_their_target(name: str):
 @pytest.mark.parametrize("name", ALL)
 def test_all_elements_can_be_made_anew(name: str):
     sae, rows = ALL[name](4, 9), torch.randn(9, 4)
-    sae.reset_elements(torch.arange(9), rows, torch.randn(9, sae.d_out), torch.zeros(4))
+    sae.reset_elements(
+        NewElements(torch.arange(9), rows, torch.randn(9, sae.d_out), torch.zeros(4))
+    )
     assert all(parameter.isfinite().all() for parameter in sae.parameters())
 
 

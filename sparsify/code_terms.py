@@ -1,0 +1,118 @@
+"""The loss terms that are about an SAE's code: how sparse it is, and which elements are dead.
+
+They need neither the spliced run nor logits, and say nothing of how well an output stands in for an
+activation.
+"""
+
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+from pydantic import NonNegativeInt, model_validator
+
+from sparsify.base_config import Count, PositiveFinite
+from sparsify.loss_terms import CoeffTerm
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparsify.runs import Runs
+
+
+class CodeTerm(CoeffTerm):
+    """A term about the code."""
+
+    needs_spliced_run: ClassVar[bool] = False
+    measures_error: ClassVar[bool] = False
+
+
+class SparsityLoss(CodeTerm):
+    """Mean penalty of the code, by default its p-norm, divided by the width of the activation."""
+
+    penalty: Literal["p_norm", "tanh", "log", "l0"] = "p_norm"
+    """p_norm: the p-norm. tanh: sum of tanh(c / scale). log: sum of log(1 + c / scale). l0: the
+    number of active elements, with JumpReLU's straight-through gradient."""
+    p_norm: PositiveFinite = 1.0
+    """Exponent of the norm."""
+    scale: PositiveFinite = 1.0
+    """Of penalties tanh and log: activations of about this size are where they bend."""
+    target_l0: PositiveFinite | None = None
+    """Active elements per token that a controller moves the coefficient to reach, from `coeff`.
+    null: the coefficient stays."""
+    target_warmup_samples: NonNegativeInt = 0
+    """Samples over which the target moves to target_l0, by equal factors, from what L0 is at first.
+    Where elements that have stopped firing hardly come back, as in JumpReLU SAEs, L0 must not fall
+    below its target."""
+
+    def calc(self, runs: "Runs") -> "dict[str, Tensor]":
+        """See `sparsify.loss_functions.sparsity` and its neighbours."""
+        from sparsify.loss_functions import active_share, concave_sparsity, sparsity
+
+        values: dict[str, Tensor] = {}
+        for position, acts in runs.sae_acts.items():
+            c, d_act = acts.penalised, acts.input.shape[-1]
+            if self.penalty == "l0":
+                values[position] = active_share(runs.saes[position], acts)
+            elif self.penalty == "p_norm":
+                values[position] = sparsity(c, d_act, self.p_norm)
+            else:
+                values[position] = concave_sparsity(c / self.scale, d_act, self.penalty)
+        return values
+
+    @model_validator(mode="after")
+    def _settings_are_of_the_penalty(self) -> Self:
+        of = {"p_norm": ("p_norm",), "scale": ("tanh", "log")}
+        for name, penalties in of.items():
+            if name in self.model_fields_set and self.penalty not in penalties:
+                if getattr(self, name) == type(self).model_fields[name].default:
+                    continue
+                raise ValueError(
+                    f"{name} ({getattr(self, name)}) belongs to penalty {' and '.join(penalties)}, "
+                    f"not to '{self.penalty}'; remove it"
+                )
+        if self.target_l0 is None and self.target_warmup_samples > 0:
+            raise ValueError(
+                f"target_warmup_samples ({self.target_warmup_samples}) belongs to target_l0, which "
+                "is null; set that, or remove it"
+            )
+        if self.target_l0 is not None and self.schedule is not None:
+            raise ValueError(
+                f"schedule and target_l0 ({self.target_l0:g}) both move the coefficient; remove one"
+            )
+        if self.target_l0 is not None and self.coeff == 0:
+            raise ValueError(
+                "coeff (0) is where the controller of target_l0 starts, and it multiplies; set it "
+                "above 0"
+            )
+        return self
+
+
+class AuxKLoss(CodeTerm):
+    """Error of dead elements in making up for what the SAE leaves out (Gao et al. 2024)."""
+
+    needs_dead: ClassVar[bool] = True
+
+    k: Count | None = None
+    """Dead elements used on a token. null: half the width of the activation, as in the paper."""
+
+    def calc(self, runs: "Runs") -> "dict[str, Tensor]":
+        """See `sparsify.dead_losses.aux_k`."""
+        from sparsify.dead_losses import aux_k
+
+        return {
+            position: aux_k(runs.saes[position], acts, runs.dead[position], self.k)
+            for position, acts in runs.sae_acts.items()
+        }
+
+
+class PreActLoss(CodeTerm):
+    """How far pre-activations of dead JumpReLU elements are below their thresholds."""
+
+    needs_dead: ClassVar[bool] = True
+
+    def calc(self, runs: "Runs") -> "dict[str, Tensor]":
+        """See `sparsify.dead_losses.pre_act`."""
+        from sparsify.dead_losses import pre_act
+
+        return {
+            position: pre_act(runs.saes[position], acts, runs.dead[position])
+            for position, acts in runs.sae_acts.items()
+        }
