@@ -143,18 +143,19 @@ class Config(SAETransformerConfig, TrainingConfig):
             )
         return self
 
+    @property
+    def mix(self) -> str:
+        """What SAEs are trained on: `local` or `e2e`, and `-downstream` if with later errors."""
+        has_logits = any(term.needs_logits for term in self.loss.terms().values())
+        kind = "e2e" if has_logits else "local"
+        return kind if self.loss.in_to_orig is None else f"{kind}-downstream"
+
     def default_run_name(self) -> str:
         """A name made from the settings that matter."""
-        kind = "local"
-        if any(term.needs_logits for term in self.loss.terms().values()):
-            kind = "e2e"
-        if self.loss.in_to_orig is not None:
-            kind = f"{kind}-downstream"
         model = str(self.tlens_model_name or self.tlens_model_path).strip("/").replace("/", "-")
         model = model[-MAX_MODEL_NAME:].strip("-")  # the end of a long path tells more
         sparsity = f"-sparsity-{self.loss.sparsity.coeff:g}" if self.loss.sparsity else ""
-        if self.saes.kind != "relu":
-            kind = f"{self.saes.kind}-{kind}"
+        kind = self.mix if self.saes.kind == "relu" else f"{self.saes.kind}-{self.mix}"
         if (k := getattr(self.saes, "k", None)) is not None:
             sparsity = f"-k-{k}{sparsity}"
         return (

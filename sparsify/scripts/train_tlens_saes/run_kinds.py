@@ -9,23 +9,28 @@ a table, to docs/kinds.md; those of recipes that have not been run here stay as 
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sparsify.base_config import read_yaml, validate_config
+from sparsify.cli import exit_code_of
 from sparsify.config import PLACED
+from sparsify.scripts.tables import markdown_table, put_into
 from sparsify.scripts.train_tlens_saes.config import Config
-from sparsify.training.run_folder import CONFIG_FILE
+from sparsify.scripts.train_tlens_saes.jobs import (
+    RESULT_FILE,
+    Job,
+    add_processes_option,
+    do_jobs,
+    known_runs,
+)
+from sparsify.training.run_folder import write_text
 
 FOLDER = Path(__file__).parent
 RECIPES = FOLDER / "kinds"
 DOCS = FOLDER.parents[2] / "docs"
-TABLE_START, TABLE_END = "<!-- table of run_kinds.py -->", "<!-- end of table -->"
 MIXES = ("local", "e2e")
 
 Row = dict[str, Any]
@@ -36,57 +41,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run what is not done and write the table; returns the exit code: 1 if a run failed."""
     recipes = {path.stem: path for path in sorted(RECIPES.glob("*.yaml"), key=_in_order)}
     parser = argparse.ArgumentParser(description="Train every kind of SAE and compare them.")
-    parser.add_argument("--processes", type=int, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--recipes", nargs="*", choices=list(recipes), help="default: all")
-    arguments = parser.parse_args(argv)
-    chosen = [recipes[name] for name in arguments.recipes or recipes]
-    n_threads = max(1, (os.cpu_count() or 1) // arguments.processes)
-    with ThreadPoolExecutor(arguments.processes) as pool:
-        codes = list(pool.map(lambda path: train(path, n_threads), chosen))
-    write([row for path in recipes.values() if (row := result_of(path)) is not None])
-    failed = [path.stem for path, code in zip(chosen, codes, strict=True) if code]
-    if failed:
-        print(f"failed: {', '.join(failed)}; their logs are in the folder of runs", file=sys.stderr)
-    return int(bool(failed))
+    add_processes_option(parser)
+    options = parser.parse_args(argv)
+    chosen = [recipes[name] for name in options.recipes or recipes]
+    return exit_code_of(lambda: run_kinds(recipes.values(), chosen, options.processes))
 
 
-def train(recipe: Path, n_threads: int) -> int:
-    """Run a recipe if it has no result yet; returns the exit code."""
-    if result_of(recipe) is not None:
-        print(f"{recipe.stem}: done before", flush=True)
-        return 0
-    script = FOLDER / "run_train_tlens_saes.py"
-    folder = Path(read_yaml(recipe)["save_dir"])
-    folder.mkdir(parents=True, exist_ok=True)
-    threads = {"OMP_NUM_THREADS": str(n_threads)}
-    with (folder / f"{recipe.stem}.log").open("w", encoding="utf-8") as log:
-        code = subprocess.call(
-            [sys.executable, str(script), str(recipe)],
-            stdout=log,
-            stderr=log,
-            env=os.environ | threads,
-        )
-    print(f"{recipe.stem}: {'done' if code == 0 else f'failed, see {log.name}'}", flush=True)
+def run_kinds(recipes: Iterable[Path], chosen: Iterable[Path], n_processes: int | None) -> int:
+    """Run what is not done of the chosen recipes; the table is of all that are done."""
+    code = do_jobs([job_of(recipe) for recipe in chosen], n_processes)
+    jobs = [job_of(recipe) for recipe in recipes]
+    known = known_runs(jobs)
+    write([row_of(job.config, run) for job in jobs if (run := known.finished(job)) is not None])
     return code
 
 
-def result_of(recipe: Path) -> Row | None:
-    """The row of a recipe's newest finished run. None: there is none with its config."""
-    config = validate_config(Config, read_yaml(recipe), str(recipe))
-    assert config.save_dir is not None
-    for folder in sorted(config.save_dir.glob(f"{recipe.stem}_*"), reverse=True):
-        done = (folder / CONFIG_FILE).exists() and (folder / "eval.json").exists()
-        if done and validate_config(Config, read_yaml(folder / CONFIG_FILE), str(folder)) == config:
-            return row_of(config, json.loads((folder / "eval.json").read_text(encoding="utf-8")))
-    return None
+def job_of(recipe: Path) -> Job:
+    """The run of a recipe."""
+    return Job(recipe.stem, [str(recipe)], validate_config(Config, read_yaml(recipe), str(recipe)))
 
 
-def row_of(config: Config, evaluation: Row) -> Row:
-    """What the table says of a run with one SAE."""
+def row_of(config: Config, run: Path) -> Row:
+    """What the table says of a finished run with one SAE."""
+    evaluation: Row = json.loads((run / RESULT_FILE).read_text(encoding="utf-8"))
     metrics, (position,) = evaluation["metrics"], evaluation["n_dict"]
     return {
         "kind": config.saes.kind,
-        "loss": "local" if config.loss.logits_kl is None else "e2e",
+        "loss": config.mix,
         "ce_loss_increase": metrics["performance/eval/ce_loss_increase"],
         "kl": metrics["loss/eval/logits_kl"],
         "l0": metrics[f"sparsity/eval/L_0/{position}"],
@@ -101,34 +83,35 @@ def row_of(config: Config, evaluation: Row) -> Row:
 
 def write(rows: Sequence[Row]) -> None:
     """Write the rows as JSON, and as a table into the document."""
-    path = DOCS / "results" / "kinds.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path, document = DOCS / "results" / "kinds.json", DOCS / "kinds.md"
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     by_run = {(row["kind"], row["loss"]): row for row in [*before, *rows]}
     rows = [by_run[run] for run in sorted(by_run, key=lambda run: _place(*run))]
-    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    document = DOCS / "kinds.md"
-    text = document.read_text(encoding="utf-8")
-    before, _, rest = text.partition(TABLE_START)
-    _, _, after = rest.partition(TABLE_END)
-    table = "\n".join(table_lines(rows))
-    document.write_text(f"{before}{TABLE_START}\n{table}\n{TABLE_END}{after}", encoding="utf-8")
-    print(f"{table}\n\nwritten to {path} and {document}")
+    write_text(path, json.dumps(rows, indent=1) + "\n")
+    table = table_lines(rows)
+    put_into(document, "kinds", table)
+    print("\n".join([*table, "", f"written to {path} and {document}"]))
 
 
 def table_lines(rows: Sequence[Row]) -> list[str]:
     """The rows as lines of Markdown."""
-    lines = [
-        "| kind | loss | CE increase | KL | L0 | alive | expl. var. | tokens |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row['kind']} | {row['loss']} | {row['ce_loss_increase']:.3f} | {row['kl']:.3f} "
-            f"| {row['l0']:.1f} | {row['alive']:,} | {row['explained_variance']:.2f} "
-            f"| {row['n_tokens'] / 1e6:.1f}M |"
-        )
-    return lines
+    header = ["kind", "loss", "CE increase", "KL", "L0", "alive", "expl. var.", "tokens"]
+    return markdown_table(
+        header,
+        [
+            [
+                row["kind"],
+                row["loss"],
+                f"{row['ce_loss_increase']:.3f}",
+                f"{row['kl']:.3f}",
+                f"{row['l0']:.1f}",
+                f"{row['alive']:,}",
+                f"{row['explained_variance']:.2f}",
+                f"{row['n_tokens'] / 1e6:.1f}M",
+            ]
+            for row in rows
+        ],
+    )
 
 
 def _in_order(recipe: Path) -> tuple[int, int]:

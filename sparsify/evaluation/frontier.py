@@ -1,0 +1,122 @@
+"""What one kind of training needs where another gets as far: curves of runs, and reading them.
+
+A curve is one seed's runs that differ in how sparse they are. It is read between its points and
+never beyond them, along straight lines in the logarithm of what is measured (L0, alive elements),
+since that is what a sparsity coefficient moves by factors.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import mean, stdev
+
+
+@dataclass(frozen=True)
+class Point:
+    """One finished run with one SAE."""
+
+    mix: str
+    """Which losses it was trained on: local, e2e, ..."""
+
+    seed: int
+    coeff: float
+    """What makes it sparse: a coefficient, or k."""
+
+    l0: float
+    alive: int
+    ce_increase: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A number over several seeds."""
+
+    mean: float
+    std: float
+    """Of a sample. NaN for one seed."""
+
+    n_seeds: int
+
+    def __str__(self) -> str:
+        """`mean ± std`, with two or three digits that matter."""
+        digits = 1 if abs(self.mean) >= 10 else 2 if abs(self.mean) >= 1 else 3
+        spread = "" if math.isnan(self.std) else f" ± {self.std:.{digits}f}"
+        return f"{self.mean:,.{digits}f}{spread}"
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean and standard deviation of at least one number."""
+    return Spread(mean(values), stdev(values) if len(values) > 1 else math.nan, len(values))
+
+
+Curve = Sequence[Point]
+Curves = dict[str, dict[int, list[Point]]]
+"""By mix and seed."""
+
+
+def curves(points: Iterable[Point]) -> Curves:
+    """The points by mix and seed, each curve from its sparsest run on."""
+    found: Curves = {}
+    for point in sorted(points, key=lambda point: point.l0):
+        found.setdefault(point.mix, {}).setdefault(point.seed, []).append(point)
+    return found
+
+
+def read_all(curves: Curves, read: Callable[[Curve], float | None]) -> dict[str, list[float]]:
+    """What is read on the curves of each mix, one number for each seed, in the same order.
+
+    Only seeds count that all mixes have, and on whose curves there is something to read in all of
+    them, so that mixes are compared over the same seeds.
+    """
+    values = {
+        mix: {seed: value for seed, curve in seeds.items() if (value := read(curve)) is not None}
+        for mix, seeds in curves.items()
+    }
+    common = set.intersection(*map(set, values.values())) if values else set()
+    return {mix: [found[seed] for seed in sorted(common)] for mix, found in values.items()}
+
+
+def needed(xs: Sequence[float], ys: Sequence[float], level: float) -> float | None:
+    """The smallest x at which a curve is down at a level. None: it does not cross it.
+
+    Args:
+        xs: Positive, in rising order, such as L0.
+        ys: What falls as they rise, such as the CE increase.
+        level: Of y.
+    """
+    points = list(zip(xs, ys, strict=True))
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if y0 >= level >= y1 and y0 > y1:
+            share = (y0 - level) / (y0 - y1)
+            return math.exp((1 - share) * math.log(x0) + share * math.log(x1))
+    return None
+
+
+def reached(xs: Sequence[float], ys: Sequence[float], x: float) -> float | None:
+    """The y of a curve at x, on a straight line in log x. None: x lies outside of it."""
+    points = list(zip(xs, ys, strict=True))
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if x0 <= x <= x1 and x0 < x1:
+            share = math.log(x / x0) / math.log(x1 / x0)
+            return (1 - share) * y0 + share * y1
+    return None
+
+
+def l0_needed(curve: Curve, ce_increase: float) -> float | None:
+    """Active elements per token with which a curve's SAEs come to a CE increase."""
+    return needed([p.l0 for p in curve], [p.ce_increase for p in curve], ce_increase)
+
+
+def alive_needed(curve: Curve, ce_increase: float) -> float | None:
+    """Alive elements of a curve's SAEs where they come to a CE increase."""
+    l0 = l0_needed(curve, ce_increase)
+    return (
+        None if l0 is None else reached([p.l0 for p in curve], [float(p.alive) for p in curve], l0)
+    )
+
+
+def ce_reached(curve: Curve, l0: float) -> float | None:
+    """CE increase of a curve's SAEs with so many active elements per token."""
+    return reached([p.l0 for p in curve], [p.ce_increase for p in curve], l0)

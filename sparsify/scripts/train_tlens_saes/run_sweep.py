@@ -1,0 +1,35 @@
+"""Train SAEs with all combinations of some settings.
+
+    python sparsify/scripts/train_tlens_saes/run_sweep.py SWEEP.yaml [...] [--processes N]
+
+What a sweep file holds is said in `sweep.py`; `wandb sweep SWEEP.yaml` takes it too. Runs that are
+done are not run again, and one that was interrupted goes on: after whatever has ended the command,
+type it again. If a run fails the others go on, and the exit code is 1.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sparsify.cli import exit_code_of
+from sparsify.scripts.train_tlens_saes.jobs import add_processes_option, do_jobs
+from sparsify.scripts.train_tlens_saes.sweep import load_sweep
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script with `argv`, None for the process's arguments; returns the exit code."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
+    parser.add_argument("sweeps", nargs="+", type=Path, metavar="SWEEP.yaml")
+    add_processes_option(parser)
+    options = parser.parse_args(argv)
+    return exit_code_of(lambda: sweep(options.sweeps, options.processes))
+
+
+def sweep(paths: Sequence[Path], n_processes: int | None) -> int:
+    """Do all runs of some sweeps; returns the exit code: 1 if one failed."""
+    return do_jobs([job for path in paths for job in load_sweep(path)], n_processes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

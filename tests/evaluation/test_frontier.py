@@ -1,0 +1,71 @@
+"""Reading curves of runs."""
+
+import math
+
+import pytest
+
+from sparsify.evaluation.frontier import (
+    Point,
+    alive_needed,
+    ce_reached,
+    curves,
+    l0_needed,
+    needed,
+    reached,
+    read_all,
+    spread,
+)
+
+
+def point(mix: str, seed: int, l0: float, ce: float, alive: int = 100) -> Point:
+    return Point(mix=mix, seed=seed, coeff=1.0, l0=float(l0), alive=alive, ce_increase=ce, kl=ce)
+
+
+def test_a_curve_is_read_on_straight_lines_in_the_logarithm():
+    # Half-way down from 0.4 to 0.2 is the geometric mean of 10 and 40.
+    assert needed([10.0, 40.0, 80.0], [0.4, 0.2, 0.1], 0.3) == pytest.approx(20)
+    assert reached([10.0, 40.0, 80.0], [0.4, 0.2, 0.1], 20.0) == pytest.approx(0.3)
+    assert needed([10.0, 40.0, 80.0], [0.4, 0.2, 0.1], 0.2) == pytest.approx(40)
+    assert reached([10.0, 40.0, 80.0], [0.4, 0.2, 0.1], 80.0) == pytest.approx(0.1)
+
+
+def test_a_curve_is_not_read_beyond_its_ends():
+    assert needed([10.0, 40.0], [0.4, 0.1], 0.41) is None
+    assert needed([10.0, 40.0], [0.4, 0.1], 0.09) is None
+    assert reached([10.0, 40.0], [0.4, 0.1], 9.0) is None
+    assert reached([10.0, 40.0], [0.4, 0.1], 41.0) is None
+
+
+def test_where_a_curve_crosses_a_level_twice_the_sparser_point_counts():
+    # Down at 0.3 between 10 and 20, up again, and down for good between 40 and 80.
+    assert needed([10.0, 20.0, 40.0, 80.0], [0.4, 0.2, 0.35, 0.1], 0.3) == pytest.approx(
+        math.sqrt(200)
+    )
+
+
+def test_alive_elements_are_those_where_the_level_is_reached():
+    curve = [point("local", 0, 10, 0.4, 200), point("local", 0, 40, 0.2, 600)]
+    assert l0_needed(curve, 0.3) == pytest.approx(20)
+    assert alive_needed(curve, 0.3) == pytest.approx(400)
+    assert alive_needed(curve, 0.5) is None
+    assert ce_reached(curve, 20.0) == pytest.approx(0.3)
+
+
+def test_mixes_are_compared_over_the_seeds_that_all_have():
+    points = [
+        *(point("local", seed, l0, ce) for seed in (0, 1, 2) for l0, ce in ((40, 0.2), (10, 0.4))),
+        *(point("e2e", seed, l0, ce / 2) for seed in (1, 0) for l0, ce in ((10, 0.4), (40, 0.2))),
+        *(point("e2e", 2, l0, 1.0) for l0 in (10, 40)),  # never down at the level
+    ]
+    found = curves(points)
+    assert [p.l0 for p in found["local"][0]] == [10.0, 40.0]
+    values = read_all(found, lambda curve: l0_needed(curve, 0.2))
+    assert values == {"local": pytest.approx([40, 40]), "e2e": pytest.approx([10, 10])}
+    assert read_all({}, lambda curve: 1.0) == {}
+
+
+def test_spread_is_that_of_a_sample():
+    found = spread([1.0, 2.0, 3.0])
+    assert (found.mean, found.std, found.n_seeds) == (2.0, pytest.approx(1.0), 3)
+    assert str(found) == "2.00 ± 1.00"
+    assert str(spread([1234.56])) == "1,234.6"
