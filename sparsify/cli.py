@@ -51,16 +51,29 @@ def run_script(
         Exit code: 0 done, 2 bad input, with its message on stderr (what a dry run finds is on
         stdout), 130 interrupted.
     """
-    # Keys of wandb and the hub; what is set in the environment wins.
-    load_dotenv(find_dotenv(usecwd=True))
-    let_threads_sleep()
-    arguments = _with_newest_run(sys.argv[1:] if argv is None else argv)
-    flags = {DRY_RUN: "check everything short of training, say what to change, and exit"}
-    try:
+
+    def work() -> int:
+        arguments = _with_newest_run(sys.argv[1:] if argv is None else argv)
+        flags = {DRY_RUN: "check everything short of training, say what to change, and exit"}
         config = load_config(config_class, arguments, description, flags if preflight else {})
         if preflight is not None and DRY_RUN in arguments:
             return 0 if preflight(config) else EXIT_BAD_INPUT
         main(config)
+        return 0
+
+    return exit_code_of(work)
+
+
+def exit_code_of(work: Callable[[], int]) -> int:
+    """The exit code of a script's work, whose failures that a person can mend become messages.
+
+    Those are bad input, a disk that cannot be written, and too little memory: 2. Interrupted: 130.
+    """
+    # Keys of wandb and the hub; what is set in the environment wins.
+    load_dotenv(find_dotenv(usecwd=True))
+    let_threads_sleep()
+    try:
+        return work()
     except UserError as error:
         print(f"error: {redact_secrets(str(error))}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -83,7 +96,6 @@ def run_script(
     except KeyboardInterrupt as interrupt:
         print("; ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return EXIT_INTERRUPTED
-    return 0
 
 
 def _with_newest_run(argv: Sequence[str]) -> list[str]:
@@ -106,10 +118,10 @@ def let_threads_sleep() -> None:
 
 
 def main() -> int:
-    """The `sparsify` command: `sparsify COMMAND CONFIG.yaml [--key VALUE ...]`."""
+    """The `sparsify` command: `sparsify COMMAND`, and the arguments of that script."""
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in ("-h", "--help"):
-        print(f"usage: sparsify {{{','.join(COMMANDS)}}} CONFIG.yaml [--key VALUE ...]")
+        print(f"usage: sparsify {{{','.join(COMMANDS)}}} ...   (with --help: what it takes)")
         return 0
     if command not in COMMANDS:
         print(f"error: no command '{command}'; there are {', '.join(COMMANDS)}", file=sys.stderr)
