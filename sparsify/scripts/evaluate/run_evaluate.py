@@ -7,6 +7,7 @@ help and errors come before torch is loaded.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,8 +80,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="compare the dictionaries of all pairs of runs too, and write what comes out here",
     )
     options = parser.parse_args(argv)
-    if options.n_samples is not None and options.n_samples < 1:
-        raise UserError(f"--n_samples: {options.n_samples} leaves nothing; set it to 1 or more")
+    if options.n_samples is not None and not 0 < options.n_samples < 2**63:
+        raise UserError(
+            f"--n_samples: {options.n_samples} is no number of sequences; set it to 1 or more"
+        )
     return options
 
 
@@ -88,9 +91,9 @@ def check_compare(path: Path | None, runs: Sequence[Path]) -> None:
     """Raise a `UserError` if there is nothing to compare, or `path` is not the name of a file."""
     if path is None:
         return
-    if path.suffix != ".json" or path.is_dir():
+    if path.suffix != ".json" or os.path.isdir(path):
         raise UserError(f"--compare: '{path}' is not the name of a .json file; give one")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise UserError(f"--compare: there is no folder '{path.parent}'; make it first")
     if len(runs) < 2:
         raise UserError("--compare: there is one run, and nothing to compare it with; give another")
@@ -109,7 +112,7 @@ def find_runs(paths: Sequence[Path], n_samples: int | None, device: str) -> list
     """
     runs: dict[Path, SavedRun] = {}
     for path in paths:
-        if not path.exists():
+        if not os.path.exists(path):  # False where `Path.exists` would raise
             raise UserError(f"{path}: there is no such file or folder; check the path")
         if path.resolve() in runs:
             raise UserError(f"{path}: is given twice; give each run once")
