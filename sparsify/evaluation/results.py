@@ -1,6 +1,7 @@
 """What an evaluation found, under the names of the logs and of `eval.json`."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,8 +130,10 @@ class Evaluation:
             "n_tokens": self.n_tokens,
             "n_predictions": self.n_predictions,
             "n_dict": {position: sae.n_dict for position, sae in self.positions.items()},
-            "metrics": {
-                name: value if math.isfinite(value) else None
-                for name, value in self.metrics().items()
-            },
+            "metrics": finite_or_none(self.metrics()),
         }
+
+
+def finite_or_none(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """The numbers, with None in place of those that are not finite, which JSON cannot hold."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}

@@ -15,12 +15,12 @@ def format_table(evaluation: Evaluation) -> str:
         [
             f"Evaluated on {evaluation.n_tokens:,} tokens ({evaluation.n_samples:,} sequences)",
             "",
-            *_align(_model_rows(evaluation, saes)),
+            *align(_model_rows(evaluation, saes)),
             "",
             f"KL(original || with {saes}): {evaluation.logits_kl:.4f} nats per token",
-            f"same most likely next token: {_percent(evaluation.top1_agreement)} of tokens",
+            f"same most likely next token: {percent(evaluation.top1_agreement)} of tokens",
             "",
-            *_align([_SAE_HEADER, *(_sae_row(*item) for item in evaluation.positions.items())]),
+            *align([_SAE_HEADER, *(_sae_row(*item) for item in evaluation.positions.items())]),
             "",
             "CE loss    cross-entropy of the next token, in nats",
             f"recovered  share of the increase in its line that is gone with the {saes} instead",
@@ -43,12 +43,12 @@ def _model_rows(evaluation: Evaluation, saes: str) -> list[list[str]]:
         row(
             "with the mean activation instead",
             evaluation.ce_loss_mean_ablated,
-            _percent(evaluation.ce_recovered_mean),
+            percent(evaluation.ce_recovered_mean),
         ),
         row(
             "with zeros instead",
             evaluation.ce_loss_zero_ablated,
-            _percent(evaluation.ce_recovered_zero),
+            percent(evaluation.ce_recovered_zero),
         ),
     ]
 
@@ -62,20 +62,22 @@ def _sae_row(position: str, sae: PositionEvaluation) -> list[str]:
         position,
         f"{sae.l0:,.1f}",
         alive,
-        _number(sae.explained_variance),
-        _number(sae.l2_ratio),
+        number(sae.explained_variance),
+        number(sae.l2_ratio),
     ]
 
 
-def _percent(fraction: float) -> str:
+def percent(fraction: float) -> str:
+    """A share, as a cell of a table."""
     return f"{100 * fraction:.1f} %" if math.isfinite(fraction) else UNDEFINED
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """A number of the order of 1, as a cell of a table."""
     return f"{value:.3f}" if math.isfinite(value) else UNDEFINED
 
 
-def _align(rows: Sequence[Sequence[str]]) -> list[str]:
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of equal columns: the first to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [

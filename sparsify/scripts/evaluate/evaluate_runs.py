@@ -1,0 +1,157 @@
+"""What `run_evaluate.py` does with runs that are there."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+from torch import Tensor
+
+from sparsify import SAETransformer
+from sparsify.base_config import UserError
+from sparsify.data.tokenizers import bos_token
+from sparsify.evaluation.evaluate import Kept
+from sparsify.evaluation.geometry import DictionarySimilarity, compare_dictionaries
+from sparsify.evaluation.suite import evaluate_suite
+from sparsify.evaluation.suite_results import Suite
+from sparsify.evaluation.suite_table import format_similarities, format_suite
+from sparsify.model_loading import resolve_device
+from sparsify.saved_runs import model_identity
+from sparsify.scripts.evaluate.run_evaluate import SavedRun
+from sparsify.scripts.train_tlens_saes.config import Config
+from sparsify.scripts.train_tlens_saes.parts import find_tokenizer, load_eval_batches
+from sparsify.training.checkpoints import WEIGHTS_NAME, checkpoint_at, load_weights
+from sparsify.training.run_folder import write_text
+
+Pair = tuple[int, int, str]
+"""Places of two runs in the list of all, and a hook point where both have an SAE."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint of a run, and where its evaluation goes."""
+
+    path: Path
+    config: Config
+    result: Path
+
+
+def evaluate_runs(runs: Sequence[SavedRun], compare_to: Path | None) -> None:
+    """Evaluate runs one after the other; print and write what comes out.
+
+    Args:
+        runs: What to evaluate.
+        compare_to: Where the comparison of all pairs goes. None: nothing is compared.
+
+    Raises:
+        UserError: A run has no checkpoint, or no two can be compared. Nothing has been done then.
+    """
+    checkpoints = [find_checkpoint(run) for run in runs]
+    pairs = [] if compare_to is None else comparable_pairs(checkpoints)
+    dictionaries: list[dict[str, Tensor]] = []
+    for checkpoint in checkpoints:
+        print(f"{checkpoint.path}\n", flush=True)
+        suite, elements = evaluate_checkpoint(checkpoint)
+        dictionaries.append(elements)
+        print(format_suite(suite))
+        content = {"checkpoint": checkpoint.path.name} | suite.to_json()
+        write_text(checkpoint.result, json.dumps(content, indent=1) + "\n")
+        print(f"\nwritten to {checkpoint.result}\n", flush=True)
+    if compare_to is not None:
+        compare(checkpoints, dictionaries, pairs, compare_to)
+
+
+def find_checkpoint(run: SavedRun) -> Checkpoint:
+    """The checkpoint that is meant.
+
+    Raises:
+        UserError: There is none.
+    """
+    path = checkpoint_at(run.path)
+    match = WEIGHTS_NAME.fullmatch(path.name)
+    if match is None:
+        raise UserError(f"{path}: is no checkpoint; give a samples_{{N}}.safetensors of the run")
+    name = "evaluation.json" if run.path.is_dir() else f"evaluation_{match[1]}.json"
+    return Checkpoint(path, run.config, path.parent / name)
+
+
+def comparable_pairs(checkpoints: Sequence[Checkpoint]) -> list[Pair]:
+    """The pairs of dictionaries of the same hook point.
+
+    Raises:
+        UserError: There is none, or the SAEs are not all of one model.
+    """
+    positions: list[list[str]] = []
+    first = identity(checkpoints[0])
+    for checkpoint in checkpoints:
+        if identity(checkpoint) != first:
+            raise UserError(
+                f"--compare: {checkpoint.path} is of the model {identity(checkpoint)}, and "
+                f"{checkpoints[0].path} of {first}; compare SAEs of one model"
+            )
+        keys = dict.fromkeys(name.split(".")[0] for name in load_weights(checkpoint.path))
+        positions.append([key.replace("-", ".") for key in keys])
+    pairs = [
+        (a, b, position)
+        for a, b in combinations(range(len(checkpoints)), 2)
+        for position in positions[a]
+        if position in positions[b]
+    ]
+    if not pairs:
+        found = "; ".join(", ".join(names) for names in positions)
+        raise UserError(
+            f"--compare: no two runs have an SAE at the same hook point, but at {found}"
+        )
+    return pairs
+
+
+def identity(checkpoint: Checkpoint) -> tuple[str, str]:
+    """Which model a checkpoint's SAEs belong to, and how its weights were processed."""
+    found = model_identity(checkpoint.config)
+    return found["tlens_model"], found["tlens_model_processing"]
+
+
+def evaluate_checkpoint(checkpoint: Checkpoint) -> tuple[Suite, dict[str, Tensor]]:
+    """All that is measured, and the alive elements of each dictionary."""
+    config = checkpoint.config
+    model = SAETransformer.from_local_path(checkpoint.path, resolve_device(config.device))
+    batches = load_eval_batches(config, model.tlens_model)
+    suite = evaluate_suite(model, batches, kept=kept_tokens(config, model))
+    elements = {
+        position: model.saes.at(position).dict_elements.detach().cpu()[sae.is_alive]
+        for position, sae in suite.positions.items()
+    }
+    return suite, elements
+
+
+def kept_tokens(config: Config, model: SAETransformer) -> Kept | None:
+    """Which tokens the run's metrics count. None: all."""
+    ignored = config.ignored_tokens
+    if ignored is None:
+        return None
+    tokenizer = find_tokenizer(config.train_data, model.tlens_model)
+    token = None if tokenizer is None else bos_token(tokenizer)
+    ignored.check(token)
+    return lambda tokens: ignored.kept(tokens, token)
+
+
+def compare(
+    checkpoints: Sequence[Checkpoint],
+    dictionaries: Sequence[dict[str, Tensor]],
+    pairs: Sequence[Pair],
+    path: Path,
+) -> None:
+    """Compare dictionaries; print and write what comes out."""
+    similarities: dict[Pair, DictionarySimilarity] = {
+        (a, b, position): compare_dictionaries(dictionaries[a][position], dictionaries[b][position])
+        for a, b, position in pairs
+    }
+    names = [str(checkpoint.path) for checkpoint in checkpoints]
+    print(format_similarities(names, similarities))
+    content = [
+        {"a": names[a], "b": names[b], "position": position} | similarity.to_json()
+        for (a, b, position), similarity in similarities.items()
+    ]
+    write_text(path, json.dumps(content, indent=1) + "\n")
+    print(f"\nwritten to {path}")
