@@ -21,7 +21,7 @@ from sparsify.saes.acts import SAEActs
 from sparsify.saes.base import eval_mode
 from sparsify.saes.build import build_sae
 from sparsify.saes.config import ReLUSAEConfig, SAEConfig
-from sparsify.splicing import Acts, SAEDict, cache_hooks, keep_hooks, splice_hooks
+from sparsify.splicing import Acts, SAEDict, cache_hooks, check_fired, keep_hooks, splice_hooks
 from sparsify.step_runs import run_step
 
 
@@ -109,7 +109,7 @@ class SAETransformer(nn.Module):
             stop = max(stops) if final_layer is None else final_layer
             self.hooked_model.run(Prefix(tokens), hooks, stop, fused=False)
         if final_layer is None:
-            _check_fired(positions, acts)
+            check_fired(positions, acts)
         return logits, acts
 
     def forward(
@@ -137,14 +137,13 @@ class SAETransformer(nn.Module):
             Logits; by hook point, what each SAE read, its code and what it wrote, as they are after
             the interventions, or the activation alone at `cache_positions`.
         """
-        positions = _names(sae_positions, self.raw_sae_positions)
-        self._check_have_saes(positions)
+        positions = self.chosen(sae_positions)
         edit = self.edit(positions, interventions, add_error)
         if orig_acts is not None:
             if edit is not None:
                 raise UserError(
-                    "interventions: change a run of the model, and orig_acts leaves out the run; "
-                    "give tokens without orig_acts, or neither interventions nor add_error"
+                    "orig_acts: leaves out the run, which interventions and add_error change; give "
+                    "tokens alone, or none of these"
                 )
             return None, self._read_raw(positions, orig_acts)
         if tokens is None:
@@ -155,7 +154,7 @@ class SAETransformer(nn.Module):
         acts: Acts = {}
         hooks = self.splice_hooks(positions, acts.__setitem__, cache_hooks(others, acts), edit)
         logits = self.hooked_model.run_with_logits(tokens, hooks)
-        _check_fired(others, acts)
+        check_fired(others, acts)
         return logits, acts
 
     def run(self, tokens: Int[Tensor, "batch pos"], plan: ForwardPlan) -> Runs:
@@ -185,8 +184,7 @@ class SAETransformer(nn.Module):
             max_new_tokens: How many tokens to add at most.
             **kwargs: Passed on: `temperature`, `top_k`, `do_sample`, ...
         """
-        positions = self.raw_sae_positions if sae_positions == "all" else _names(sae_positions, [])
-        self._check_have_saes(positions)
+        positions = self.chosen(None if sae_positions == "all" else sae_positions or [])
         edit = self.edit(positions, interventions, add_error, max_new_tokens)
         hooks = self.splice_hooks(positions, lambda position, acts: None, edit=edit)
         with eval_mode(self):
@@ -246,6 +244,12 @@ class SAETransformer(nn.Module):
             {position: self.reads[position] for position in positions}, read, others
         )
 
+    def chosen(self, sae_positions: Sequence[str] | str | None) -> list[str]:
+        """Positions whose SAE takes part, each of which has one. None: all."""
+        positions = _names(sae_positions, self.raw_sae_positions)
+        self._check_have_saes(positions)
+        return positions
+
     def edit(
         self,
         positions: Sequence[str],
@@ -285,12 +289,3 @@ def _names(positions: Sequence[str] | str | None, default: list[str]) -> list[st
     if positions is None:
         return default
     return [positions] if isinstance(positions, str) else list(positions)
-
-
-def _check_fired(positions: Iterable[str], acts: Mapping[str, object]) -> None:
-    for position in positions:
-        if position not in acts:
-            raise UserError(
-                f"cache_positions: hook point '{position}' did not fire in this run; leave it out, "
-                "or run the entire model if it lies behind the last block"
-            )

@@ -345,5 +345,7 @@ def test_given_activations_take_no_interventions(tlens_model: Any, tokens: Tenso
     model = model_with(tlens_model, "relu")
     _, orig_acts = model.forward_raw(tokens)
     for options in ({"interventions": ablate(FIRST, 0)}, {"add_error": True}):
-        with pytest.raises(UserError, match="orig_acts leaves out the run; give tokens without"):
+        with pytest.raises(
+            UserError, match=r"orig_acts: leaves out the run, .*; give tokens alone"
+        ):
             model(None, orig_acts=orig_acts, **options)
