@@ -240,10 +240,8 @@ POSITIONS = ["hook_embed", FIRST, "blocks.1.attn.hook_z", "blocks.2.hook_resid_p
 def test_generation_counts_tokens_from_the_start_of_the_prompt(
     tlens_model: Any, position: str, uses_cache: bool
 ):
-    if uses_cache and not hasattr(tlens_model, "adapter"):
-        # What TransformerLens makes of its own position embeddings when it caches is wrong; there
-        # are none of them with rotary ones.
-        tlens_model = rotary_model()
+    if uses_cache:
+        tlens_model = caching_model(is_bridge=hasattr(tlens_model, "adapter"))
     model = SAETransformer(tlens_model, position, dict_size_to_input_ratio=2.0)
     prompt = torch.randint(64, (2, 4))
     for token in (1, 3, 6, [0, 4], [2, 3, 7], None):
@@ -262,12 +260,30 @@ def test_generation_counts_tokens_from_the_start_of_the_prompt(
         assert torch.equal(actual, expected), token
 
 
-def rotary_model() -> Any:
-    from conftest import TINY_MODEL
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
+def caching_model(is_bridge: bool) -> Any:
+    """A model whose blocks see one new token at a time.
 
-    config = {**TINY_MODEL, "positional_embedding_type": "rotary", "rotary_dim": 8}
-    return HookedTransformer(HookedTransformerConfig(**config)).eval()
+    The tiny bridge's do not. `HookedTransformer` does with rotary positions what is right.
+    """
+    if is_bridge:
+        from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        config = GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=3, n_head=2)
+        config._attn_implementation = "eager"
+        hugging_face = GPT2LMHeadModel(config).eval()
+        model: Any = build_bridge_from_module(hugging_face, "GPT2LMHeadModel", hf_config=config)
+    else:
+        from conftest import TINY_MODEL
+        from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+        rotary = {**TINY_MODEL, "positional_embedding_type": "rotary", "rotary_dim": 8}
+        model = HookedTransformer(HookedTransformerConfig(**rotary)).eval()
+    lengths: list[int] = []
+    with model.hooks(fwd_hooks=[(FIRST, lambda act, hook: lengths.append(act.shape[1]))]):
+        model.generate(torch.zeros(1, 4, dtype=torch.long), verbose=False, **GREEDY)
+    assert lengths == [4, 1, 1, 1, 1]
+    return model
 
 
 def test_changes_of_generated_tokens_show(tlens_model: Any):
