@@ -10,16 +10,18 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sparsify.base_config import UserError, validate_config
+from sparsify.edits import Edit, edit_of
 from sparsify.forward_plan import ForwardPlan
 from sparsify.hook_names import check_hook_names, stop_block
 from sparsify.hooked_model import Hook, HookedModel, Prefix, TLensModel
+from sparsify.interventions import Intervention
 from sparsify.runs import Runs
 from sparsify.sae_positions import act_widths, reads_of
 from sparsify.saes.acts import SAEActs
 from sparsify.saes.base import eval_mode
 from sparsify.saes.build import build_sae
 from sparsify.saes.config import ReLUSAEConfig, SAEConfig
-from sparsify.splicing import Acts, SAEDict, cache_hooks, keep_hooks, splice_hooks
+from sparsify.splicing import Acts, SAEDict, cache_hooks, check_fired, keep_hooks, splice_hooks
 from sparsify.step_runs import run_step
 
 
@@ -107,7 +109,7 @@ class SAETransformer(nn.Module):
             stop = max(stops) if final_layer is None else final_layer
             self.hooked_model.run(Prefix(tokens), hooks, stop, fused=False)
         if final_layer is None:
-            _check_fired(positions, acts)
+            check_fired(positions, acts)
         return logits, acts
 
     def forward(
@@ -116,6 +118,9 @@ class SAETransformer(nn.Module):
         sae_positions: Sequence[str] | str | None = None,
         cache_positions: Sequence[str] | str | None = None,
         orig_acts: Mapping[str, Tensor] | None = None,
+        *,
+        interventions: Sequence[Intervention] | Intervention = (),
+        add_error: bool = False,
     ) -> tuple[Float[Tensor, "batch pos d_vocab"] | None, Acts]:
         """Run the model with SAEs in place of activations.
 
@@ -125,14 +130,21 @@ class SAETransformer(nn.Module):
             cache_positions: Hook points to keep besides. None: no others.
             orig_acts: Raw activations by position. The model is then not run at all: each SAE reads
                 its own entry, and there are no logits.
+            interventions: Changes to what SAEs write, one after another.
+            add_error: Whether what an SAE does not reconstruct is added to what it writes.
 
         Returns:
-            Logits; by hook point, what each SAE read, its code and what it wrote, or the activation
-            alone at `cache_positions`.
+            Logits; by hook point, what each SAE read, its code and what it wrote, as they are after
+            the interventions, or the activation alone at `cache_positions`.
         """
-        positions = _names(sae_positions, self.raw_sae_positions)
-        self._check_have_saes(positions)
+        positions = self.chosen(sae_positions)
+        edit = self.edit(positions, interventions, add_error)
         if orig_acts is not None:
+            if edit is not None:
+                raise UserError(
+                    "orig_acts: leaves out the run, which interventions and add_error change; give "
+                    "tokens alone, or none of these"
+                )
             return None, self._read_raw(positions, orig_acts)
         if tokens is None:
             raise ValueError("tokens may only be None if orig_acts is given")
@@ -140,9 +152,9 @@ class SAETransformer(nn.Module):
         others = _names(cache_positions, [])
         check_hook_names(others, self.tlens_model.hook_dict, "cache_positions")
         acts: Acts = {}
-        hooks = self.splice_hooks(positions, acts.__setitem__, cache_hooks(others, acts))
+        hooks = self.splice_hooks(positions, acts.__setitem__, cache_hooks(others, acts), edit)
         logits = self.hooked_model.run_with_logits(tokens, hooks)
-        _check_fired(others, acts)
+        check_fired(others, acts)
         return logits, acts
 
     def run(self, tokens: Int[Tensor, "batch pos"], plan: ForwardPlan) -> Runs:
@@ -155,6 +167,10 @@ class SAETransformer(nn.Module):
         self,
         input: str | Int[Tensor, "batch pos"],
         sae_positions: Sequence[str] | str | None = "all",
+        *,
+        interventions: Sequence[Intervention] | Intervention = (),
+        add_error: bool = False,
+        max_new_tokens: int = 10,
         **kwargs: Any,  # what TransformerLens's generate takes
     ) -> str | Int[Tensor, "batch new_pos"]:
         """Continue a text or tokens, as TransformerLens's `generate` does.
@@ -162,13 +178,17 @@ class SAETransformer(nn.Module):
         Args:
             input: Prompt.
             sae_positions: Positions whose SAE takes part, or "all". None: the model as it was.
-            **kwargs: Passed on: `max_new_tokens`, `temperature`, `top_k`, `do_sample`, ...
+            interventions: As in `forward`. Their tokens are counted from the start of the prompt,
+                its BOS token included, and on through what is generated.
+            add_error: As in `forward`.
+            max_new_tokens: How many tokens to add at most.
+            **kwargs: Passed on: `temperature`, `top_k`, `do_sample`, ...
         """
-        positions = self.raw_sae_positions if sae_positions == "all" else _names(sae_positions, [])
-        self._check_have_saes(positions)
-        hooks = self.splice_hooks(positions, lambda position, acts: None)
+        positions = self.chosen(None if sae_positions == "all" else sae_positions or [])
+        edit = self.edit(positions, interventions, add_error, max_new_tokens)
+        hooks = self.splice_hooks(positions, lambda position, acts: None, edit=edit)
         with eval_mode(self):
-            return self.hooked_model.generate(input, hooks, **kwargs)
+            return self.hooked_model.generate(input, hooks, max_new_tokens=max_new_tokens, **kwargs)
 
     def train(self, mode: bool = True) -> "SAETransformer":
         """Set the mode of the SAEs; the frozen model stays as it is used, without dropout."""
@@ -205,19 +225,44 @@ class SAETransformer(nn.Module):
         positions: Iterable[str],
         observe: Callable[[str, SAEActs], None],
         others: Mapping[str, Hook] = MappingProxyType({}),
+        edit: Edit | None = None,
     ) -> dict[str, Hook]:
         """Hooks that put SAEs in place, and show what each did as it happens.
 
-        Nothing else is kept: what `observe` does not keep is freed at once.
+        Nothing else is kept: what `observe` does not keep is freed at once. What an SAE made is
+        first changed by `edit`, if there is one.
         """
 
         def read(position: str, act: Tensor, replaced: Tensor | None) -> SAEActs:
             acts = self.saes.read(position, act, replaced)
+            if edit is not None:
+                acts = edit(position, acts)
             observe(position, acts)
             return acts
 
         return splice_hooks(
             {position: self.reads[position] for position in positions}, read, others
+        )
+
+    def chosen(self, sae_positions: Sequence[str] | str | None) -> list[str]:
+        """Positions whose SAE takes part, each of which has one. None: all."""
+        positions = _names(sae_positions, self.raw_sae_positions)
+        self._check_have_saes(positions)
+        return positions
+
+    def edit(
+        self,
+        positions: Sequence[str],
+        interventions: Sequence[Intervention] | Intervention,
+        add_error: bool,
+        n_new_tokens: int | None = None,
+    ) -> Edit | None:
+        """What makes these changes in one run with the SAEs at `positions`: see `edit_of`."""
+        if isinstance(interventions, Intervention):
+            interventions = [interventions]
+        self._check_have_saes([one.position for one in interventions], "interventions")
+        return edit_of(
+            interventions, self.saes, positions, add_error=add_error, n_new_tokens=n_new_tokens
         )
 
     def _read_raw(self, positions: Iterable[str], orig_acts: Mapping[str, Tensor]) -> Acts:
@@ -231,11 +276,11 @@ class SAETransformer(nn.Module):
             acts[position] = self.saes.read(position, orig_acts[source], replaced)
         return acts
 
-    def _check_have_saes(self, positions: Iterable[str]) -> None:
+    def _check_have_saes(self, positions: Iterable[str], setting: str = "sae_positions") -> None:
         for position in positions:
             if position not in self.raw_sae_positions:
                 raise UserError(
-                    f"sae_positions: there is no SAE at '{position}', only at "
+                    f"{setting}: there is no SAE at '{position}', only at "
                     f"{', '.join(self.raw_sae_positions)}"
                 )
 
@@ -244,12 +289,3 @@ def _names(positions: Sequence[str] | str | None, default: list[str]) -> list[st
     if positions is None:
         return default
     return [positions] if isinstance(positions, str) else list(positions)
-
-
-def _check_fired(positions: Iterable[str], acts: Mapping[str, object]) -> None:
-    for position in positions:
-        if position not in acts:
-            raise UserError(
-                f"cache_positions: hook point '{position}' did not fire in this run; leave it out, "
-                "or run the entire model if it lies behind the last block"
-            )

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sparsify.base_config import UserError
 from sparsify.hooked_model import Hook
 from sparsify.saes.acts import CacheActs, SAEActs
 from sparsify.saes.base import SAE
@@ -114,3 +115,13 @@ def cache_hooks(positions: Iterable[str], acts: Acts) -> dict[str, Hook]:
         return hook
 
     return {position: keep(position) for position in positions}
+
+
+def check_fired(positions: Iterable[str], acts: Mapping[str, object]) -> None:
+    """Raise a `UserError` if a hook point that was to be cached has left nothing."""
+    for position in positions:
+        if position not in acts:
+            raise UserError(
+                f"cache_positions: hook point '{position}' did not fire in this run; leave it out, "
+                "or run the entire model if it lies behind the last block"
+            )

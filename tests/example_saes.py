@@ -1,9 +1,14 @@
-"""SAEs whose effect on a model is known."""
+"""SAEs whose effect on a model is known, and models with SAEs of each kind."""
+
+from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
+from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.base import SAE, NewElements
+from sparsify.saes.config import SAEConfig
 
 
 class IdentitySAE(SAE):
@@ -33,3 +38,38 @@ class IdentitySAE(SAE):
 class FailingSAE(IdentitySAE):
     def encode(self, input: Tensor) -> Tensor:
         raise RuntimeError("out of memory")
+
+
+READS_AND_WRITES = {
+    "blocks.0.ln2.hook_normalized": "blocks.0.hook_mlp_out",
+    "blocks.1.ln2.hook_normalized": "blocks.1.hook_mlp_out",
+}
+FIRST, LAST = READS_AND_WRITES.values()
+
+KINDS: dict[str, dict[str, Any]] = {
+    "relu": {},
+    "relu_tied_bias": {},
+    "topk": {"k": 5, "multi_k": 9},
+    "batch_topk": {"k": 5},
+    "jumprelu": {"bandwidth": 0.1, "initial_threshold": 0.05},
+    "gated": {},
+    "matryoshka": {"k": 5, "prefix_shares": [0.25, 0.5]},
+    "codebook": {"k": 5},
+    "transcoder": {"k": 5, "skip": True},
+}
+"""Settings of each kind of SAE, for an activation of width 16."""
+
+
+def model_with(tlens_model: Any, kind: str) -> SAETransformer:
+    """A tiny model with two SAEs of a kind in a row, at `FIRST` and `LAST`, with random weights."""
+    sae = TypeAdapter(SAEConfig).validate_python(
+        {"kind": kind, "dict_size_to_input_ratio": 2.0, **KINDS[kind]}
+    )
+    reads = list(READS_AND_WRITES) if kind == "transcoder" else None
+    model = SAETransformer(tlens_model, [FIRST, LAST], sae=sae, read_positions=reads).eval()
+    with torch.no_grad():
+        for position in model.raw_sae_positions:
+            for parameter in model.saes.at(position).parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+            model.saes.at(position).restore_constraints()
+    return model

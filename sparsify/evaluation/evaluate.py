@@ -34,6 +34,7 @@ from sparsify.evaluation.metrics import (
     unexplained_per_token,
 )
 from sparsify.evaluation.results import Evaluation, PositionEvaluation
+from sparsify.hooked_model import HookedModel
 from sparsify.kernels.chunked import fast_chunk_size
 from sparsify.kernels.unembedding import Unembedding
 from sparsify.runs import NO_TARGET
@@ -91,6 +92,21 @@ def evaluate(
         return measurement.result()
 
 
+def check_batch(model: HookedModel, tokens: Int[Tensor, "..."]) -> None:
+    """Raise a `ValueError` if tokens are no batch of sequences that the model can predict."""
+    if tokens.ndim != 2:
+        raise ValueError(
+            f"batches: a batch of shape {tuple(tokens.shape)}; give a list of batches, each of "
+            "shape (batch, position)"
+        )
+    model.check_length(tokens.shape[1])
+    if tokens.shape[1] < 2:
+        raise ValueError(
+            f"batches: a sequence of {tokens.shape[1]} tokens has no next token to predict; "
+            "give 2 tokens or more"
+        )
+
+
 class _Means:
     """Mean activations where SAEs write: of the raw model, and of the spliced one before that."""
 
@@ -110,17 +126,7 @@ def _collect_means(
     raw, read = ActSums(), ActSums()
     n_tokens = 0
     for tokens in batches:
-        if tokens.ndim != 2:
-            raise ValueError(
-                f"batches: a batch of shape {tuple(tokens.shape)}; give a list of batches, each of "
-                "shape (batch, position)"
-            )
-        runs.model.check_length(tokens.shape[1])
-        if tokens.shape[1] < 2:
-            raise ValueError(
-                f"batches: a sequence of {tokens.shape[1]} tokens has no next token to predict; "
-                "give 2 tokens or more"
-            )
+        check_batch(runs.model, tokens)
         on_device = tokens.to(device)
         raw.kept = read.kept = None if kept is None else kept(on_device)
         n_tokens += tokens.numel() if raw.kept is None else int(raw.kept.sum())

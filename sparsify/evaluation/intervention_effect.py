@@ -1,0 +1,147 @@
+"""Measures what interventions do to a model's predictions.
+
+Each batch is read once and run three times from what comes before the first SAE:
+
+    tokens ─ shared prefix ─┬─ raw
+                            ├─ spliced: each SAE's output, or output + error, in its place
+                            └─ intervened: the same with the interventions
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sparsify.base_config import UserError
+from sparsify.evaluation.evaluate import Kept, check_batch, prediction_sums
+from sparsify.evaluation.forked_runs import ForkedRuns
+from sparsify.interventions import Intervention
+from sparsify.sae_transformer import SAETransformer
+from sparsify.saes.base import eval_mode
+
+
+@dataclass(frozen=True)
+class InterventionEffect:
+    """What interventions do on some tokens, with all SAEs of a model spliced in.
+
+    Cross-entropies are nats per prediction of the next token, so without a sequence's last token;
+    divergences nats per token, over all tokens. That includes tokens before the first intervention,
+    on which nothing changes.
+    """
+
+    n_tokens: int
+    """Tokens that were read."""
+
+    n_predictions: int
+    """Tokens that have a next one."""
+
+    ce_loss_raw: float
+    """Cross-entropy of the model as it was."""
+
+    ce_loss: float
+    """Cross-entropy with SAEs; that of the raw model if their errors are added."""
+
+    ce_loss_intervened: float
+    """Cross-entropy with the interventions too."""
+
+    kl: float
+    """KL(spliced || intervened): what the interventions change."""
+
+    kl_raw: float
+    """KL(raw || intervened): that and what the SAEs change."""
+
+    @property
+    def ce_loss_increase(self) -> float:
+        """Cross-entropy with interventions, minus that without: above zero if they do harm."""
+        return self.ce_loss_intervened - self.ce_loss
+
+
+def intervention_effect(
+    model: SAETransformer,
+    batches: Iterable[Int[Tensor, "_ _"]],
+    interventions: Sequence[Intervention] | Intervention,
+    *,
+    add_error: bool = False,
+    kept: Kept | None = None,
+    chunk_size: int | None = None,
+) -> InterventionEffect:
+    """What interventions do to cross-entropy and to the distributions over the next token.
+
+    The model is left as it was, as by `evaluate`.
+
+    Args:
+        model: Model and SAEs, which all take part.
+        batches: Token ids, of shape `batch pos`. Read once.
+        interventions: Done to each sequence; their tokens are places in it.
+        add_error: Whether what SAEs do not reconstruct is added, in both runs with SAEs. The
+            interventions then act on the model as it was.
+        kept: Says which tokens count, a boolean for each. None: all.
+        chunk_size: Tokens whose logits exist at a time. None takes as many as are fast.
+
+    Raises:
+        UserError: There are no interventions, or they do not fit the SAEs or a sequence.
+        ValueError: `batches` is empty, or a sequence has no next token to predict, or more tokens
+            than the model's context.
+    """
+    if not isinstance(interventions, Intervention) and not interventions:
+        raise UserError("interventions: there are none; give at least one")
+    runs = ForkedRuns(model)
+    runs.model.check_unembedding()
+    sums: dict[str, float] = defaultdict(float)
+    device = next(model.tlens_model.parameters()).device
+    with eval_mode(model), torch.no_grad():
+        for tokens in batches:
+            check_batch(runs.model, tokens)
+            on_device = tokens.to(device)
+            every = torch.ones_like(on_device, dtype=torch.bool)
+            counts = every if kept is None else kept(on_device)
+            if not counts.any():
+                continue
+            resids = _final_resids(model, runs, on_device, interventions, add_error)
+            for name in ("raw", "spliced"):
+                pair = {"raw": resids[name], "spliced": resids["intervened"]}
+                of_pair = prediction_sums(pair, on_device, runs.model.unembed, chunk_size, counts)
+                sums[f"ce_{name}"] += of_pair["ce_raw"].item()
+                sums[f"kl_{name}"] += of_pair["kl"].item()
+            sums["ce_intervened"] += of_pair["ce_spliced"].item()
+            sums["n_tokens"] += int(counts.sum())
+            sums["n_predictions"] += int(counts[:, :-1].sum())
+    return _effect(sums)
+
+
+def _final_resids(
+    model: SAETransformer,
+    runs: ForkedRuns,
+    tokens: Int[Tensor, "batch pos"],
+    interventions: Sequence[Intervention] | Intervention,
+    add_error: bool,
+) -> dict[str, Float[Tensor, "batch pos d_model"]]:
+    prefix = runs.shared_prefix(tokens)
+
+    def spliced(changes: Sequence[Intervention] | Intervention) -> Tensor:
+        edit = model.edit(runs.positions, changes, add_error)
+        return runs.suffix(prefix, runs.splice_hooks(lambda position, acts: None, edit=edit))
+
+    return {
+        "raw": runs.suffix(prefix, {}),
+        "spliced": spliced(()),
+        "intervened": spliced(interventions),
+    }
+
+
+def _effect(sums: Mapping[str, float]) -> InterventionEffect:
+    n_tokens, n_predictions = int(sums["n_tokens"]), int(sums["n_predictions"])
+    if n_predictions == 0:
+        raise ValueError("batches: hold no token to be predicted; give at least one batch")
+    return InterventionEffect(
+        n_tokens=n_tokens,
+        n_predictions=n_predictions,
+        ce_loss_raw=sums["ce_raw"] / n_predictions,
+        ce_loss=sums["ce_spliced"] / n_predictions,
+        ce_loss_intervened=sums["ce_intervened"] / n_predictions,
+        kl=sums["kl_spliced"] / n_tokens,
+        kl_raw=sums["kl_raw"] / n_tokens,
+    )
