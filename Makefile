@@ -3,7 +3,7 @@
 #   make train PYTHON=python3.12        the Python to make the environment with
 #   make train ARGS="--lr 1e-3"         more arguments for what the target runs
 
-.PHONY: FORCE help train test test-faults bench check format test-tlens4 env hooks clean
+.PHONY: FORCE help train test test-faults bench results check format test-tlens4 env hooks clean
 
 TLENS4 := 4.3.0
 SAES := sparsify/scripts/train_tlens_saes
@@ -13,6 +13,7 @@ help:
 	@echo "make test         all tests"
 	@echo "make test-faults  those that kill runs, fill disks, damage files and the like"
 	@echo "make bench        time training steps beside a plain reference step"
+	@echo "make results      all runs, tables and plots of docs/results.md: some hours"
 	@echo "make check        lint, format and types; changes no file"
 	@echo "make format       repair format, and what of lint repairs itself"
 	@echo "make test-tlens4  the tests that drive a model, with TransformerLens $(TLENS4)"
@@ -31,6 +32,9 @@ test-faults: .venv/ready
 
 bench: .venv/ready
 	.venv/bin/python sparsify/scripts/benchmark/run_benchmark.py $(ARGS)
+
+results: .venv/ready
+	.venv/bin/python sparsify/scripts/results/run_results.py $(ARGS)
 
 check: .venv/ready
 	.venv/bin/python -m ruff check .

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 MIXES = ("local", "e2e", "e2e-downstream")
 CE_LEVELS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8, 1.0)
 """CE increases at which mixes are compared, where their curves come to them."""
-L0_LEVELS = (5, 10, 20, 30, 40, 60, 80, 120, 160, 240)
+L0_LEVELS = (5.0, 10.0, 20.0, 30.0, 40.0, 60.0, 80.0, 120.0, 160.0, 240.0)
 """The same of L0."""
 
 Row = dict[str, float | int | None]
@@ -58,7 +58,7 @@ def point_of(config: Config, run: Path) -> Point:
     return Point(
         mix=config.mix,
         seed=config.seed,
-        coeff=getattr(config.saes, "k", None) or (sparsity.coeff if sparsity else 0.0),
+        coeff=float(getattr(config.saes, "k", None) or (sparsity.coeff if sparsity else 0.0)),
         l0=metrics[f"sparsity/eval/L_0/{positions[0]}"],
         alive=int(metrics[f"sparsity/alive_dict_elements/{positions[0]}"]),
         ce_increase=metrics["performance/eval/ce_loss_increase"],
@@ -155,7 +155,10 @@ def _draw(axis: "Axes", curves: Curves, x: str, y: str) -> None:
                 by_coeff.setdefault(point.coeff, []).append(point)
         spreads = sorted(
             [
-                (spread([getattr(p, x) for p in points]), spread([getattr(p, y) for p in points]))
+                (
+                    spread([float(getattr(point, x)) for point in points]),
+                    spread([float(getattr(point, y)) for point in points]),
+                )
                 for points in by_coeff.values()
             ],
             key=lambda pair: pair[0].mean,

@@ -1,0 +1,116 @@
+"""Everything in docs/results.md: its runs, its tables and its plot.
+
+    python sparsify/scripts/results/run_results.py [--processes N]
+
+What is done is not done again, and a run that was interrupted goes on, so the command can be
+repeated after whatever has ended it.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+
+from sparsify.base_config import load_config
+from sparsify.cli import exit_code_of
+from sparsify.evaluation.frontier import curves
+from sparsify.scripts.evaluate import run_evaluate
+from sparsify.scripts.results import claims
+from sparsify.scripts.results.frontier import (
+    frontier_rows,
+    frontier_tables,
+    plot_frontier,
+    points_of,
+)
+from sparsify.scripts.tables import put_into
+from sparsify.scripts.train_tlens_saes.config import Config
+from sparsify.scripts.train_tlens_saes.jobs import (
+    Job,
+    KnownRuns,
+    add_processes_option,
+    do_jobs,
+    known_runs,
+)
+from sparsify.scripts.train_tlens_saes.sweep import load_sweep
+from sparsify.training.run_folder import write_text
+
+FOLDER = Path(__file__).parent
+DOCS = FOLDER.parents[2] / "docs"
+DOCUMENT, RESULTS = DOCS / "results.md", DOCS / "results"
+FRONTIER = ("local", "e2e", "e2e_downstream")
+TOPK = ("topk_local", "topk_nine_tenths", "topk_e2e")
+FINETUNE = FOLDER / "recipes" / "finetune.yaml"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script with `argv`, None for the process's arguments; returns the exit code."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
+    add_processes_option(parser)
+    options = parser.parse_args(argv)
+    return exit_code_of(lambda: make_results(options.processes))
+
+
+def make_results(n_processes: int | None) -> int:
+    """Do all that is not done yet; returns the exit code: 1 if a run failed."""
+    sweeps = {name: load_sweep(FOLDER / "sweeps" / f"{name}.yaml") for name in (*FRONTIER, *TOPK)}
+    code = do_jobs([*chain(*sweeps.values())], n_processes)
+    known = known_runs([*chain(*sweeps.values())])
+    sweeps["finetune"] = finetune_jobs(sweeps["topk_nine_tenths"], known)
+    if sweeps["finetune"]:
+        code |= do_jobs(sweeps["finetune"], n_processes)
+    write_frontier([*chain(*(sweeps[name] for name in FRONTIER))])
+    put_into(DOCUMENT, "finetune", claims.finetune_table(sweeps))
+    return code | compare_runs([*chain(*(sweeps[name] for name in FRONTIER))])
+
+
+def finetune_jobs(starts: Iterable[Job], known: KnownRuns) -> list[Job]:
+    """The last tenth of each run whose first nine tenths are done."""
+    jobs = []
+    for start in starts:
+        if (run := known.finished(start)) is None:
+            continue
+        # Other batches than those of the start, which begins with the same ones as any run.
+        seed = start.config.seed + 100
+        k = getattr(start.config.saes, "k", None)
+        arguments = [
+            str(FINETUNE),
+            f"--saes.k={k}",
+            f"--seed={seed}",
+            f"--saes.pretrained_sae_paths={json.dumps([str(run)])}",
+        ]
+        config = load_config(Config, arguments, "")
+        jobs.append(Job(f"finetune saes.k={k} seed={seed}", arguments, config))
+    return jobs
+
+
+def write_frontier(jobs: Sequence[Job]) -> None:
+    """Compare what mixes need; the rest of the document uses what comes out."""
+    found = curves(points_of(jobs))
+    rows = json.dumps(frontier_rows(found), indent=1)
+    write_text(RESULTS / "frontier.json", f"{rows}\n")
+    plot_frontier(found, RESULTS / "frontier.png")
+    put_into(DOCUMENT, "frontier", frontier_tables(found))
+
+
+def compare_runs(jobs: Sequence[Job]) -> int:
+    """Evaluate the runs of each mix that come closest to the same CE increase, and compare them."""
+    chosen = claims.at_same_ce(jobs)
+    runs = [run for runs in chosen.values() for run in runs]
+    if len(runs) < 2:
+        return 0
+    similarities = RESULTS / "geometry.json"
+    code = 0
+    if not claims.are_compared(runs, similarities):
+        arguments = [*map(str, runs), "--compare", str(similarities)]
+        code = run_evaluate.main(arguments)
+    if code == 0:
+        put_into(DOCUMENT, "same ce", claims.evaluation_table(chosen))
+        put_into(DOCUMENT, "downstream", claims.downstream_table(chosen))
+        put_into(DOCUMENT, "geometry", claims.geometry_table(chosen, similarities))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""The comparison of mixes, and the page that holds it."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsify.base_config import UserError, load_config
+from sparsify.cli import EXIT_BAD_INPUT
+from sparsify.evaluation.frontier import Point, curves
+from sparsify.scripts import tables
+from sparsify.scripts.results import claims, frontier, run_frontier, run_results
+from sparsify.scripts.train_tlens_saes.config import Config
+from sparsify.scripts.train_tlens_saes.run_train_tlens_saes import main as train
+from sparsify.scripts.train_tlens_saes.sweep import load_sweep
+
+from .conftest import write_yaml
+
+LATER = "blocks.2.hook_resid_pre"
+
+
+def points(mix: str, factor: float) -> list[Point]:
+    """Two seeds, of which the second needs twice the L0."""
+    return [
+        Point(mix, seed, coeff, l0=(1 + seed) * factor * l0, alive=100, ce_increase=ce, kl=ce)
+        for seed in (0, 1)
+        for coeff, l0, ce in ((2.0, 10.0, 0.4), (1.0, 40.0, 0.2))
+    ]
+
+
+def test_frontier_rows_hold_the_mean_l0_at_equal_ce_increase():
+    found = curves([*points("local", 2.0), *points("e2e", 1.0)])
+    rows = {row["at_ce_increase"]: row for row in frontier.frontier_rows(found)}
+    assert list(rows) == [0.2, 0.25, 0.3, 0.35, 0.4]
+    # Half-way between the points: 20 and 40 end to end, twice that locally.
+    assert rows[0.3] == {
+        "at_ce_increase": 0.3,
+        "l0_local": pytest.approx(60),
+        "l0_e2e": pytest.approx(30),
+        "l0_e2e_downstream": None,
+        "n_seeds": 2,
+    }
+
+
+def test_frontier_tables_compare_each_mix_to_the_first():
+    lines = frontier.frontier_tables(curves([*points("e2e", 1.0), *points("local", 2.0)]))
+    assert lines[0] == "| at CE increase | L0 local | L0 e2e | e2e ÷ local | seeds |"
+    assert "| 0.3 | 60.0 ± 28.3 | 30.0 ± 14.1 | 0.500 ± 0.000 | 2 |" in lines
+    # At an L0 of 20 the second seed is at its sparsest end to end, and not that far locally.
+    assert "| 40 | 0.350 ± 0.071 | 0.250 ± 0.071 | 0.708 ± 0.059 | 2 |" in lines
+
+
+def test_a_table_is_put_between_its_comments(tmp_path: Path):
+    document = tmp_path / "page.md"
+    document.write_text("a\n<!-- begin x -->\nold\n<!-- end x -->\nb\n")
+    tables.put_into(document, "x", tables.markdown_table(["p", "q"], [["1", "2"]]))
+    tables.put_into(document, "x", tables.markdown_table(["p", "q"], [["3", "4"]]))
+    table = "| p | q |\n| --- | --- |\n| 3 | 4 |"
+    assert document.read_text() == f"a\n<!-- begin x -->\n{table}\n<!-- end x -->\nb\n"
+    with pytest.raises(UserError, match="has no lines '<!-- begin y -->' and"):
+        tables.put_into(document, "y", [])
+
+
+def test_recipes_of_results_are_valid():
+    sweeps = {path.stem: load_sweep(path) for path in (run_results.FOLDER / "sweeps").glob("*")}
+    assert set(sweeps) == {*run_results.FRONTIER, *run_results.TOPK}
+    (start, *_), (whole, *_) = sweeps["topk_nine_tenths"], sweeps["topk_local"]
+    last = load_config(Config, [str(run_results.FINETUNE), "--saes.pretrained_sae_paths=[run]"], "")
+    assert start.config.n_samples + last.n_samples == whole.config.n_samples
+    for mix in run_results.FRONTIER:
+        assert {job.config.mix for job in sweeps[mix]} == {mix.replace("_", "-")}
+        assert {job.config.n_samples for job in sweeps[mix]} == {12_800}
+        assert {job.config.seed for job in sweeps[mix]} == {0, 1, 2}
+
+
+def write_sweep(folder: Path, name: str, recipe: dict[str, Any], **parameters: list[Any]) -> Path:
+    path = write_yaml(folder / f"{name}_recipe.yaml", recipe)
+    content = {
+        "program": "run_train_tlens_saes.py",
+        "method": "grid",
+        "command": ["${program}", str(path), "${args}"],
+        "parameters": {
+            setting.replace("__", "."): {"values": values} for setting, values in parameters.items()
+        },
+    }
+    (folder / "sweeps").mkdir(exist_ok=True)
+    return write_yaml(folder / "sweeps" / f"{name}.yaml", content)
+
+
+@pytest.fixture
+def sweeps(sae_settings: dict[str, Any], tmp_path: Path) -> Path:
+    """A folder with the sweeps and recipes of the page, a thousandth as large."""
+    base = {**sae_settings, "save_dir": str(tmp_path / "out")}
+    kl, later = {"coeff": 1.0}, {"hook_positions": [LATER], "total_coeff": 1.0}
+    sparsity = {"coeff": 1.0}
+    mixes = {
+        "local": {"sparsity": sparsity, "out_to_in": kl},
+        "e2e": {"sparsity": sparsity, "logits_kl": kl},
+        "e2e_downstream": {"sparsity": sparsity, "logits_kl": kl, "in_to_orig": later},
+    }
+    for name, loss in mixes.items():
+        coeffs = [10.0, 0.01] if name == "local" else [0.1]
+        grid = {"loss__sparsity__coeff": coeffs, "seed": [0, 1]}
+        write_sweep(tmp_path, name, {**base, "loss": loss}, **grid)
+    topk = {**base, "saes": {**base["saes"], "kind": "topk", "k": 3}}
+    local, e2e = {"out_to_in": kl}, {"logits_kl": kl}
+    write_sweep(tmp_path, "topk_local", {**topk, "loss": local}, saes__k=[2])
+    write_sweep(tmp_path, "topk_e2e", {**topk, "loss": e2e}, saes__k=[2])
+    start = {**topk, "loss": local, "n_samples": 16, "save_every_n_samples": 8}
+    write_sweep(tmp_path, "topk_nine_tenths", start, saes__k=[2])
+    (tmp_path / "recipes").mkdir()
+    balanced = {"out_to_in": kl, "logits_kl": {"coeff": 1.0, "balance_with": "out_to_in"}}
+    last = {**topk, "loss": balanced, "n_samples": 8}
+    last["saes"] = {**last["saes"], "retrain_saes": True}
+    write_yaml(tmp_path / "recipes" / "finetune.yaml", last)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_the_page_of_results_is_made_of_runs(
+    sweeps: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    for path in (sweeps / "sweeps").glob("*"):
+        for job in load_sweep(path):
+            assert train(job.arguments) == 0
+    page = sweeps / "results.md"
+    page.write_text((run_results.DOCS / "results.md").read_text())
+    monkeypatch.setattr(run_results, "FOLDER", sweeps)
+    monkeypatch.setattr(run_results, "FINETUNE", sweeps / "recipes" / "finetune.yaml")
+    monkeypatch.setattr(run_results, "DOCUMENT", page)
+    monkeypatch.setattr(run_results, "RESULTS", sweeps)
+    capsys.readouterr()
+    assert run_results.main([]) == 0
+    said = capsys.readouterr().out
+    assert said.count(": done before, in ") == 11  # all but the one that finetunes
+    assert said.count("finetune saes.k=2 seed=100: ") == 2  # it begins, and it is done
+
+    text = page.read_text()
+    sections = {
+        name: text.partition(f"<!-- begin {name} -->\n")[2].partition("\n<!-- end")[0].splitlines()
+        for name in ("frontier", "same ce", "downstream", "geometry", "finetune")
+    }
+    assert [line.split(" | ")[0] for line in sections["same ce"][2:]] == [
+        "| local", "| e2e", "| e2e-downstream",
+    ]  # fmt: skip
+    assert sections["downstream"][0] == f"| mix | {LATER} | blocks.2.hook_resid_post |"
+    assert len(sections["geometry"]) == 2 + 3 + 3
+    assert [line.split(" | ")[-1] for line in sections["geometry"][2:]] == [
+        *3 * ["1 |"], *3 * ["4 |"],
+    ]  # fmt: skip
+    assert [line.split(" | ")[0] for line in sections["finetune"][2:]] == ["| 2"]
+    assert json.loads((sweeps / "frontier.json").read_text()) is not None
+    assert (sweeps / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+    # What is there is not made again, and the page stays as it is.
+    assert run_results.main([]) == 0
+    said = capsys.readouterr().out
+    assert said.count(": done before, in ") == 12
+    assert "Evaluated on" not in said
+    assert page.read_text() == text
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_a_frontier_is_that_of_finished_runs(sweeps: Path, capsys: pytest.CaptureFixture[str]):
+    paths = [str(sweeps / "sweeps" / f"{name}.yaml") for name in ("local", "e2e")]
+    arguments = [*paths, "--to", str(sweeps / "frontier")]
+    assert run_frontier.main(arguments) == EXIT_BAD_INPUT
+    assert "none of 6 runs is finished; do them with run_sweep.py" in capsys.readouterr().err
+    for job in load_sweep(Path(paths[0])):
+        assert train(job.arguments) == 0
+    assert run_frontier.main(arguments) == 0
+    assert "4 of 6 runs are finished" in capsys.readouterr().out
+    assert (sweeps / "frontier" / "frontier.json").exists()
+    found = frontier.points_of(load_sweep(Path(paths[0])))
+    assert [(point.mix, point.coeff, point.seed) for point in found] == [
+        ("local", 10.0, 0), ("local", 10.0, 1), ("local", 0.01, 0), ("local", 0.01, 1),
+    ]  # fmt: skip
+    assert all(math.isfinite(point.ce_increase) for point in found)
+    assert claims.at_same_ce([]) == {}
