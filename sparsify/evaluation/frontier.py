@@ -1,8 +1,8 @@
 """What one kind of training needs where another gets as far: curves of runs, and reading them.
 
 A curve is one seed's runs that differ in how sparse they are. It is read between its points and
-never beyond them, along straight lines in the logarithm of what is measured (L0, alive elements),
-since that is what a sparsity coefficient moves by factors.
+never beyond them, along straight lines over the logarithm of L0, which a sparsity coefficient moves
+by factors.
 """
 
 import math
@@ -17,11 +17,11 @@ class Point:
     """One finished run with one SAE."""
 
     mix: str
-    """Which losses it was trained on: local, e2e, ..."""
+    """Which losses it was trained on: local, e2e, ..., after its kind where there are several."""
 
     seed: int
     coeff: float
-    """What makes it sparse: a coefficient, or k."""
+    """What makes it sparse: k, a target for L0, or a coefficient."""
 
     l0: float
     alive: int
@@ -56,7 +56,7 @@ Curves = dict[str, dict[int, list[Point]]]
 """By mix and seed."""
 
 
-def curves(points: Iterable[Point]) -> Curves:
+def curves_of(points: Iterable[Point]) -> Curves:
     """The points by mix and seed, each curve from its sparsest run on."""
     found: Curves = {}
     for point in sorted(points, key=lambda point: point.l0):
@@ -79,7 +79,7 @@ def read_all(curves: Curves, read: Callable[[Curve], float | None]) -> dict[str,
 
 
 def needed(xs: Sequence[float], ys: Sequence[float], level: float) -> float | None:
-    """The smallest x at which a curve is down at a level. None: it does not cross it.
+    """The smallest x at which a curve comes down through a level. None: it does nowhere.
 
     Args:
         xs: Positive, in rising order, such as L0.

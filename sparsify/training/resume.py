@@ -197,7 +197,9 @@ def check_goes_on(
             f"give another run\n{error}"
         ) from None
     now = config.model_dump(mode="json")
-    changes = [c for name in kept_settings for c in _changes(name, before[name], now[name])]
+    changes = [
+        c for name in kept_settings for c in differing_settings(name, before[name], now[name])
+    ]
     if changes:
         raise UserError(
             f"resume: a run goes on with the settings in {path}, but given are "
@@ -309,10 +311,11 @@ def _manifest_path(run_dir: Path, n_samples: int) -> Path:
     return run_dir / f"checkpoint_{n_samples}.json"
 
 
-def _changes(name: str, before: object, now: object) -> Iterator[str]:
+def differing_settings(name: str, before: object, now: object) -> Iterator[str]:
     """`name` and its values, or those of the settings below it, where they differ."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in now:
-            yield from _changes(f"{name}.{key}", before.get(key), now[key])
+            below = f"{name}.{key}".strip(".")
+            yield from differing_settings(below, before.get(key), now[key])
     elif before != now:
         yield f"{name}: {json.dumps(now)} instead of {json.dumps(before)}"

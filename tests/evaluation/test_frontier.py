@@ -8,7 +8,7 @@ from sparsify.evaluation.frontier import (
     Point,
     alive_needed,
     ce_reached,
-    curves,
+    curves_of,
     l0_needed,
     needed,
     reached,
@@ -57,7 +57,7 @@ def test_mixes_are_compared_over_the_seeds_that_all_have():
         *(point("e2e", seed, l0, ce / 2) for seed in (1, 0) for l0, ce in ((10, 0.4), (40, 0.2))),
         *(point("e2e", 2, l0, 1.0) for l0 in (10, 40)),  # never down at the level
     ]
-    found = curves(points)
+    found = curves_of(points)
     assert [p.l0 for p in found["local"][0]] == [10.0, 40.0]
     values = read_all(found, lambda curve: l0_needed(curve, 0.2))
     assert values == {"local": pytest.approx([40, 40]), "e2e": pytest.approx([10, 10])}

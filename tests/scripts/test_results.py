@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ import pytest
 
 from sparsify.base_config import UserError, load_config
 from sparsify.cli import EXIT_BAD_INPUT
-from sparsify.evaluation.frontier import Point, curves
+from sparsify.evaluation.frontier import Point, curves_of
 from sparsify.scripts import tables
 from sparsify.scripts.results import claims, frontier, run_frontier, run_results
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.scripts.train_tlens_saes.run_train_tlens_saes import main as train
 from sparsify.scripts.train_tlens_saes.sweep import load_sweep
+from sparsify.training.run_folder import write_config
 
 from .conftest import write_yaml
 
@@ -31,7 +33,7 @@ def points(mix: str, factor: float) -> list[Point]:
 
 
 def test_frontier_rows_hold_the_mean_l0_at_equal_ce_increase():
-    found = curves([*points("local", 2.0), *points("e2e", 1.0)])
+    found = curves_of([*points("local", 2.0), *points("e2e", 1.0)])
     rows = {row["at_ce_increase"]: row for row in frontier.frontier_rows(found)}
     assert list(rows) == [0.2, 0.25, 0.3, 0.35, 0.4]
     # Half-way between the points: 20 and 40 end to end, twice that locally.
@@ -45,7 +47,7 @@ def test_frontier_rows_hold_the_mean_l0_at_equal_ce_increase():
 
 
 def test_frontier_tables_compare_each_mix_to_the_first():
-    lines = frontier.frontier_tables(curves([*points("e2e", 1.0), *points("local", 2.0)]))
+    lines = frontier.frontier_tables(curves_of([*points("e2e", 1.0), *points("local", 2.0)]))
     assert lines[0] == "| at CE increase | L0 local | L0 e2e | e2e ÷ local | seeds |"
     assert "| 0.3 | 60.0 ± 28.3 | 30.0 ± 14.1 | 0.500 ± 0.000 | 2 |" in lines
     # At an L0 of 20 the second seed is at its sparsest end to end, and not that far locally.
@@ -59,7 +61,7 @@ def test_a_table_is_put_between_its_comments(tmp_path: Path):
     tables.put_into(document, "x", tables.markdown_table(["p", "q"], [["3", "4"]]))
     table = "| p | q |\n| --- | --- |\n| 3 | 4 |"
     assert document.read_text() == f"a\n<!-- begin x -->\n{table}\n<!-- end x -->\nb\n"
-    with pytest.raises(UserError, match="has no lines '<!-- begin y -->' and"):
+    with pytest.raises(UserError, match="has no '<!-- begin y -->' before"):
         tables.put_into(document, "y", [])
 
 
@@ -68,6 +70,12 @@ def test_recipes_of_results_are_valid():
     assert set(sweeps) == {*run_results.FRONTIER, *run_results.TOPK}
     (start, *_), (whole, *_) = sweeps["topk_nine_tenths"], sweeps["topk_local"]
     last = load_config(Config, [str(run_results.FINETUNE), "--saes.pretrained_sae_paths=[run]"], "")
+    judged_on = [
+        (job.config.eval_data, job.config.eval_n_samples) for job in chain(*sweeps.values())
+    ]
+    assert all(one == (last.eval_data, last.eval_n_samples) for one in judged_on)
+    assert last.eval_data is not None
+    assert last.eval_data.seed is not None  # the same text for all seeds
     assert start.config.n_samples + last.n_samples == whole.config.n_samples
     for mix in run_results.FRONTIER:
         assert {job.config.mix for job in sweeps[mix]} == {mix.replace("_", "-")}
@@ -152,7 +160,10 @@ def test_the_page_of_results_is_made_of_runs(
         *3 * ["1 |"], *3 * ["4 |"],
     ]  # fmt: skip
     assert [line.split(" | ")[0] for line in sections["finetune"][2:]] == ["| 2"]
-    assert json.loads((sweeps / "frontier.json").read_text()) is not None
+    assert sections["frontier"][0] == "8 of 8 runs."
+    found = json.loads((sweeps / "frontier_points.json").read_text())
+    assert {point["mix"] for point in found} == {"local", "e2e", "e2e-downstream"}
+    assert isinstance(json.loads((sweeps / "frontier.json").read_text()), list)
     assert (sweeps / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
     # What is there is not made again, and the page stays as it is.
@@ -161,6 +172,65 @@ def test_the_page_of_results_is_made_of_runs(
     assert said.count(": done before, in ") == 12
     assert "Evaluated on" not in said
     assert page.read_text() == text
+
+
+def fake_run(folder: Path, config: Config, name: str, **metrics: float | None) -> Path:
+    """What a finished run leaves of what a frontier reads."""
+    run = folder / name
+    run.mkdir(parents=True)
+    write_config(run, config)
+    position = "blocks.1.hook_resid_pre"
+    content = {
+        "n_dict": {position: 8},
+        "metrics": {
+            f"sparsity/eval/L_0/{position}": metrics.get("l0", 3.0),
+            f"sparsity/alive_dict_elements/{position}": 8.0,
+            "performance/eval/ce_loss_increase": metrics.get("ce_increase", 0.1),
+            "loss/eval/logits_kl": 0.1,
+        },
+    }
+    (run / "eval.json").write_text(json.dumps(content))
+    return run
+
+
+def test_runs_that_are_not_alike_make_no_curve(
+    sae_settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    base = {**sae_settings, "save_dir": str(tmp_path / "out")}
+    grid = {"loss__sparsity__coeff": [1.0, 2.0], "lr": [0.01, 0.02]}
+    jobs = load_sweep(write_sweep(tmp_path, "grid", base, **grid))
+    fake_run(tmp_path / "out", jobs[0].config, "a", l0=0.0)
+    fake_run(tmp_path / "out", jobs[2].config, "b", ce_increase=None)
+    assert frontier.points_of(jobs) == []
+    assert capsys.readouterr().out.count("left out: ") == 2
+    fake_run(tmp_path / "out", jobs[1].config, "c")
+    with pytest.raises(UserError, match=r"is not of one curve with .*, as it has lr: 0.02 instead"):
+        frontier.points_of(jobs)
+
+
+def test_kinds_have_curves_of_their_own(sae_settings: dict[str, Any], tmp_path: Path):
+    base = {**sae_settings, "save_dir": str(tmp_path / "out"), "loss": {"logits_kl": {"coeff": 1}}}
+    saes = {**base["saes"], "k": 3}
+    jobs = [
+        job
+        for kind in ("topk", "batch_topk")
+        for job in load_sweep(
+            write_sweep(tmp_path, kind, {**base, "saes": {**saes, "kind": kind}}, saes__k=[2, 4])
+        )
+    ]
+    for index, job in enumerate(jobs):
+        fake_run(tmp_path / "out", job.config, str(index))
+    assert [(point.mix, point.coeff) for point in frontier.points_of(jobs)] == [
+        ("topk e2e", 2.0), ("topk e2e", 4.0), ("batch_topk e2e", 2.0), ("batch_topk e2e", 4.0),
+    ]  # fmt: skip
+
+
+def test_mixes_that_meet_nowhere_are_said_to():
+    lines = frontier.frontier_tables(
+        curves_of([*points("e2e", 1.0), Point("local", 7, 1.0, 9.0, 8, 3.0, 2.0)])
+    )
+    assert "L0: at no level all mixes have a common seed to be compared." in lines
+    assert "- e2e: seeds 0, 1, L0 10.0 to 80.0, CE increase 0.200 to 0.400" in lines
 
 
 @pytest.mark.slow

@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
-from sparsify.base_config import UserError, read_yaml
+from sparsify.base_config import UserError, load_config, read_yaml
 from sparsify.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED
-from sparsify.scripts.train_tlens_saes import jobs, run_sweep
+from sparsify.scripts.train_tlens_saes import processes, run_sweep
+from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.scripts.train_tlens_saes.sweep import load_sweep
 
 from .conftest import write_yaml
 
-COMMAND = ["${env}", "${interpreter}", "${program}", "RECIPE", "${args}"]
+COMMAND = ["${env}", "python", "${program}", "RECIPE", "${args}"]
 
 
 def write_sweep(
@@ -28,10 +29,12 @@ def write_sweep(
     content = {
         "program": "scripts/run_train_tlens_saes.py",
         "method": "grid",
-        "command": [str(path) if part == "RECIPE" else part for part in COMMAND],
+        "command": COMMAND,
         "parameters": parameters,
+        **changes,
     }
-    return write_yaml(folder / "grid.yaml", {**content, **changes})
+    content["command"] = [str(path) if part == "RECIPE" else part for part in content["command"]]
+    return write_yaml(folder / "grid.yaml", content)
 
 
 @pytest.fixture
@@ -52,8 +55,7 @@ def recipe() -> dict[str, Any]:
 def test_a_sweep_is_all_combinations_of_its_values(recipe: dict[str, Any], tmp_path: Path):
     parameters = {
         "loss.sparsity.coeff": {"values": [0.5, 2]},
-        "saes.sae_positions": {"value": ["blocks.2.hook_resid_pre"]},
-        "max_grad_norm": {"value": None},
+        "saes.sae_positions": {"value": "blocks.2.hook_resid_pre"},
         "seed": {"values": [0, 1, 2]},
     }
     found = load_sweep(write_sweep(tmp_path, recipe, parameters))
@@ -62,17 +64,25 @@ def test_a_sweep_is_all_combinations_of_its_values(recipe: dict[str, Any], tmp_p
     ]  # fmt: skip
     for job in found:
         assert job.config.saes.sae_positions == ["blocks.2.hook_resid_pre"]
-        assert job.config.max_grad_norm is None
     assert found[1].label.startswith("grid loss.sparsity.coeff=0.5 ")
 
 
 def test_wandb_gives_a_run_the_same_arguments(recipe: dict[str, Any], tmp_path: Path):
-    parameters = {"lr": {"value": 0.002}, "loss.sparsity.coeff": {"value": 3}, "seed": {"value": 4}}
-    sweep = write_sweep(tmp_path, recipe, parameters)
+    settings = {
+        "lr": 0.002,
+        "loss.sparsity.coeff": 3,
+        "compile": True,
+        "lr_schedule": "constant",
+        "saes.sae_positions": "blocks.2.hook_resid_pre",
+    }
+    sweep = write_sweep(
+        tmp_path, recipe, {name: {"value": value} for name, value in settings.items()}
+    )
     (job,) = load_sweep(sweep)
     content = read_yaml(sweep)
-    given = create_sweep_command_args({"args": content["parameters"]})
-    assert job.arguments == [content["command"][3], *given["args"]]
+    given = create_sweep_command_args({"args": content["parameters"]})["args"]
+    assert load_config(Config, [content["command"][3], *given], "") == job.config
+    assert job.config.compile
 
 
 @pytest.mark.parametrize(
@@ -80,12 +90,15 @@ def test_wandb_gives_a_run_the_same_arguments(recipe: dict[str, Any], tmp_path: 
     [
         ({"method": "bayes"}, "method: Input should be 'grid'"),
         ({"program": "train.py"}, r"program \(train.py\) must be the path of run_train_tlens_saes"),
-        ({"command": ["${program}", "${args}"]}, "must name a recipe: "),
+        ({"command": ["${program}", "${args}"]}, "must name a recipe and hand on"),
+        ({"command": ["${program}", "RECIPE.yaml"]}, "must name a recipe and hand on"),
+        ({"parameters": {"lr": {"value": None}}}, "in command, as in --max_grad_norm=null"),
+        ({"parameters": {"lr": {"values": [[1]]}}}, r"\[1\] is not passed on as it is"),
         ({"parameters": {"lr": {"values": []}}}, "give either value, or values with at least one"),
         ({"parameters": {"lr": {"min": 0.1}}}, r"unknown key 'min'"),
         ({"parameters": {"l": {"value": 1}}}, "grid: unknown option '--l'; did you mean '--lr"),
         ({"parameters": {"lr": {"values": [1, -1]}}}, r"grid lr=-1: .*\n  lr: .*greater than 0"),
-        ({"command": ["${program}", "no.yaml", "${args}"]}, "no.yaml: cannot be read"),
+        ({"command": ["${program}", "no.yaml", "${args}"]}, "there is no recipe 'no.yaml' in '/"),
     ],
 )
 def test_bad_sweep_is_rejected(
@@ -97,36 +110,39 @@ def test_bad_sweep_is_rejected(
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("argument", "message"),
     [
-        ({"eval_data": None}, "eval_data is null, so that nothing would tell when the run is done"),
-        ({"save_dir": None}, "save_dir is null"),
-        ({"resume": "somewhere"}, "resume is found for each run by itself; remove it"),
+        ("--eval_data=null", "eval_data is null, so that nothing would tell when the run is done"),
+        ("--save_dir=null", "save_dir is null"),
+        ("--resume=somewhere", "resume is found for each run by itself; remove it"),
     ],
 )
 def test_a_sweep_needs_results_to_know_runs_by(
-    changes: dict[str, Any],
+    argument: str,
     message: str,
     recipe: dict[str, Any],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ):
-    values = {name: {"value": value} for name, value in changes.items()}
-    sweep = write_sweep(tmp_path, recipe, values)
+    command = ["${program}", "RECIPE", argument, "${args}"]
+    sweep = write_sweep(tmp_path, recipe, {"seed": {"value": 1}}, command=command)
     assert run_sweep.main([str(sweep)]) == EXIT_BAD_INPUT
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_each_process_has_a_gpu_and_its_share_of_cores(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 12)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    assert jobs.open_slots(None) == [
+    assert processes.open_slots(None) == [
         {"OMP_NUM_THREADS": "6", "CUDA_VISIBLE_DEVICES": "2"},
         {"OMP_NUM_THREADS": "6", "CUDA_VISIBLE_DEVICES": "5"},
     ]
-    shared = [slot["CUDA_VISIBLE_DEVICES"] for slot in jobs.open_slots(3)]
+    shared = [slot["CUDA_VISIBLE_DEVICES"] for slot in processes.open_slots(3)]
     assert shared == ["2", "5", "2"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert [slot["OMP_NUM_THREADS"] for slot in processes.open_slots(2)] == ["1", "1"]
 
 
 class Sweep:
@@ -191,9 +207,9 @@ def test_a_sweep_waits_for_runs_that_a_killed_one_left_behind(
     script = f"""
 import os, signal, subprocess, sys
 from pathlib import Path
-from sparsify.scripts.train_tlens_saes.jobs import sole_owner
-with sole_owner(Path({str(tmp_path)!r})) as lock:
-    subprocess.Popen([sys.executable, "-c", "input()"], pass_fds=(lock,), start_new_session=True)
+from sparsify.scripts.train_tlens_saes.processes import sole_owner
+with sole_owner([Path({str(tmp_path / "logs")!r})]) as locks:
+    subprocess.Popen([sys.executable, "-c", "input()"], pass_fds=locks, start_new_session=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
     left = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, text=True)
@@ -201,7 +217,7 @@ with sole_owner(Path({str(tmp_path)!r})) as lock:
     assert left.stdin is not None
     end = threading.Timer(0.3, left.stdin.close)  # at which what is left ends
     end.start()
-    with jobs.sole_owner(tmp_path):
+    with processes.sole_owner([tmp_path / "logs"]):
         assert end.finished.is_set()
     assert capsys.readouterr().out == f"waiting until other runs of '{tmp_path}' have ended\n"
 
@@ -211,15 +227,21 @@ with sole_owner(Path({str(tmp_path)!r})) as lock:
 def test_other_runs_go_on_when_one_fails(
     sae_settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    positions = {"values": [["blocks.7.hook_resid_pre"], ["blocks.2.hook_resid_pre"]]}
+    positions = {"values": ["blocks.7.hook_resid_pre", "blocks.2.hook_resid_pre"]}
     path = write_sweep(tmp_path, sae_settings, {"saes.sae_positions": positions})
     assert run_sweep.main([str(path)]) == 1
     said = capsys.readouterr()
-    assert '[1/2] grid saes.sae_positions=["blocks.7.hook_resid_pre"]: FAILED (exit code 2): ' in (
+    assert "[1/2] grid saes.sae_positions=blocks.7.hook_resid_pre: FAILED (exit code 2): " in (
         said.out
     )
     assert "error: saes.sae_positions: the model has no hook point 'blocks.7." in said.out
     assert "[2/2] grid" in said.out
     assert ": done in " in said.out
-    assert said.err == 'failed: grid saes.sae_positions=["blocks.7.hook_resid_pre"]\n'
+    assert said.err == "failed: grid saes.sae_positions=blocks.7.hook_resid_pre\n"
     assert len(list((tmp_path / "out").glob("*/eval.json"))) == 1
+
+
+def test_zero_processes_are_refused(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        run_sweep.main(["sweep.yaml", "--processes", "0"])
+    assert "'0' is no number of processes; give 1 or more" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """Tables for the claims of Braun et al. 2024, and of what came after, from finished runs.
 
-Every number is a mean over seeds and its standard deviation.
+Every number is a mean over seeds, or over pairs of runs, and the standard deviation of a sample.
 """
 
 import json
@@ -10,13 +10,18 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from sparsify.evaluation.frontier import Point, spread
+from sparsify.base_config import read_yaml
+from sparsify.evaluation.frontier import Curves, read_all, spread
 from sparsify.scripts.results.frontier import MIXES, point_of
 from sparsify.scripts.tables import markdown_table
-from sparsify.scripts.train_tlens_saes.jobs import Job, known_runs
+from sparsify.scripts.train_tlens_saes.jobs import RESULT_FILE, Job, known_runs
+from sparsify.training.run_folder import CONFIG_FILE
 
 CE_INCREASE = 0.3
 """Where the runs of all mixes are compared."""
+
+FINETUNE_SEED = 100
+"""Added to the seed of a finetune, so that it does not begin with the batches of its start."""
 
 EVALUATION_FILE = "evaluation.json"
 Chosen = dict[str, list[Path]]
@@ -24,33 +29,48 @@ Chosen = dict[str, list[Path]]
 
 
 def at_same_ce(jobs: Sequence[Job]) -> Chosen:
-    """Of each mix the runs with the coefficient that comes closest to `CE_INCREASE`."""
+    """Of each mix the runs with the coefficient that comes closest to `CE_INCREASE`.
+
+    Only coefficients count whose runs are finished with all seeds that any has.
+    """
     known = known_runs(jobs)
-    runs: dict[str, dict[float, list[tuple[Point, Path]]]] = {}
+    runs: dict[str, dict[float, dict[int, tuple[float, Path]]]] = {}
     for job in jobs:
-        if (run := known.finished(job)) is not None:
-            point = point_of(job.config, run)
-            runs.setdefault(point.mix, {}).setdefault(point.coeff, []).append((point, run))
+        if (run := known.finished(job)) is None:
+            continue
+        if (point := point_of(job.config.mix, job.config, run)) is not None:
+            by_seed = runs.setdefault(point.mix, {}).setdefault(point.coeff, {})
+            by_seed[point.seed] = point.ce_increase, run
+    seeds = {seed for by_coeff in runs.values() for found in by_coeff.values() for seed in found}
 
-    def distance(found: list[tuple[Point, Path]]) -> float:
-        return abs(mean(point.ce_increase for point, _ in found) - CE_INCREASE)
+    def distance(found: dict[int, tuple[float, Path]]) -> float:
+        return abs(mean(ce_increase for ce_increase, _ in found.values()) - CE_INCREASE)
 
-    chosen = {mix: min(by_coeff.values(), key=distance) for mix, by_coeff in runs.items()}
-    return {
-        mix: [run for _, run in sorted(chosen[mix], key=lambda pair: pair[0].seed)]
-        for mix in MIXES
-        if mix in chosen
-    }
+    chosen: Chosen = {}
+    for mix in MIXES:
+        whole = [found for found in runs.get(mix, {}).values() if set(found) == seeds]
+        if whole:
+            nearest = min(whole, key=distance)
+            chosen[mix] = [nearest[seed][1] for seed in sorted(seeds)]
+    return chosen
 
 
 def are_compared(runs: Sequence[Path], similarities: Path) -> bool:
-    """Whether runs have been evaluated, and all pairs of them compared."""
-    if not similarities.exists() or not all((run / EVALUATION_FILE).exists() for run in runs):
+    """Whether runs have been evaluated on all their text, and all pairs of them compared."""
+    if not similarities.exists() or not all(map(is_evaluated, runs)):
         return False
     pairs = json.loads(similarities.read_text(encoding="utf-8"))
     return [(pair["a"], pair["b"]) for pair in pairs] == [
         (checkpoint_name(a), checkpoint_name(b)) for a, b in combinations(runs, 2)
     ]
+
+
+def is_evaluated(run: Path) -> bool:
+    """Whether `run_evaluate.py` has judged a run on what training judged it on."""
+    if not (run / EVALUATION_FILE).exists():
+        return False
+    found, of_training = _content(run / EVALUATION_FILE), _content(run / RESULT_FILE)
+    return found["n_samples"] == of_training["n_samples"]
 
 
 def evaluation_table(chosen: Chosen) -> list[str]:
@@ -67,10 +87,15 @@ def evaluation_table(chosen: Chosen) -> list[str]:
         "KL ÷ random": "performance/eval/error_kl_ratio",
     }
     rows = [
-        [mix, *(_spread_of(runs, _named(metric)) for metric in metrics.values())]
+        [
+            mix,
+            str(read_yaml(runs[0] / CONFIG_FILE)["loss"]["sparsity"]["coeff"]),
+            *(_spread_of(runs, _named(metric)) for metric in metrics.values()),
+            str(len(runs)),
+        ]
         for mix, runs in chosen.items()
     ]
-    return markdown_table(["mix", *metrics], rows)
+    return markdown_table(["mix", "coeff", *metrics, "seeds"], rows)
 
 
 def downstream_table(chosen: Chosen) -> list[str]:
@@ -140,25 +165,21 @@ def finetune_table(sweeps: Mapping[str, Sequence[Job]]) -> list[str]:
     """CE increase of TopK SAEs that were trained in three ways on equally many tokens."""
     known = known_runs([job for jobs in sweeps.values() for job in jobs])
     arms = {"local": "topk_local", "local, then finetuned": "finetune", "e2e": "topk_e2e"}
-    by_k: dict[int, dict[str, list[Point]]] = {}
+    found: dict[int, Curves] = {}
     for arm, sweep in arms.items():
         for job in sweeps[sweep]:
-            if (run := known.finished(job)) is not None:
-                k: int = getattr(job.config.saes, "k", 0)
-                by_k.setdefault(k, {}).setdefault(arm, []).append(point_of(job.config, run))
-    rows = [
-        [
-            str(k),
-            *(_ce_spread(found.get(arm, [])) for arm in arms),
-            str(min(len(found.get(arm, [])) for arm in arms)),
-        ]
-        for k, found in sorted(by_k.items())
-    ]
+            run = known.finished(job)
+            point = None if run is None else point_of(arm, job.config, run)
+            if point is not None:
+                seeds = found.setdefault(int(point.coeff), {}).setdefault(arm, {})
+                seeds[point.seed % FINETUNE_SEED] = [point]
+    rows = []
+    for k, curves in sorted(found.items()):
+        values = read_all(curves, lambda curve: curve[0].ce_increase)
+        if set(values) == set(arms) and all(values.values()):
+            n_seeds = str(len(values["local"]))
+            rows.append([str(k), *(str(spread(values[arm])) for arm in arms), n_seeds])
     return markdown_table(["k", *arms, "seeds"], rows)
-
-
-def _ce_spread(points: Sequence[Point]) -> str:
-    return str(spread([point.ce_increase for point in points])) if points else ""
 
 
 def checkpoint_name(run: Path) -> str:
@@ -169,7 +190,11 @@ def checkpoint_name(run: Path) -> str:
 
 
 def _evaluation(run: Path) -> dict[str, Any]:
-    return json.loads((run / EVALUATION_FILE).read_text(encoding="utf-8"))
+    return _content(run / EVALUATION_FILE)
+
+
+def _content(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _spread_of(runs: Sequence[Path], read: Callable[[dict[str, float]], float]) -> str:

@@ -1,7 +1,8 @@
 """The frontier of finished runs: what each mix of losses needs to come as far as the others."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,10 @@ from sparsify.evaluation.frontier import (
     Curve,
     Curves,
     Point,
+    Spread,
     alive_needed,
     ce_reached,
+    curves_of,
     l0_needed,
     read_all,
     spread,
@@ -20,10 +23,11 @@ from sparsify.evaluation.frontier import (
 from sparsify.scripts.tables import markdown_table
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.scripts.train_tlens_saes.jobs import RESULT_FILE, Job, known_runs
-from sparsify.training.run_folder import replace_atomically
+from sparsify.training.run_folder import replace_atomically, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 MIXES = ("local", "e2e", "e2e-downstream")
 CE_LEVELS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8, 1.0)
@@ -31,18 +35,78 @@ CE_LEVELS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8, 1.0)
 L0_LEVELS = (5.0, 10.0, 20.0, 30.0, 40.0, 60.0, 80.0, 120.0, 160.0, 240.0)
 """The same of L0."""
 
+MAY_DIFFER = {
+    "seed",
+    "loss.sparsity.coeff",
+    "loss.sparsity.target_l0",
+    "saes.k",
+    "save_dir",
+    "wandb_run_name",
+}
+"""Settings in which the runs of one curve may differ."""
+
 Row = dict[str, float | int | None]
 
 
+def write_frontier(jobs: Sequence[Job], folder: Path) -> list[str]:
+    """Compare the finished runs of some jobs; writes what comes out, returns it as tables."""
+    points = points_of(jobs)
+    found = curves_of(points)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = json.dumps(frontier_rows(found), indent=1)
+    write_text(folder / "frontier.json", f"{rows}\n")
+    runs = json.dumps([asdict(point) for point in points], indent=1)
+    write_text(folder / "frontier_points.json", f"{runs}\n")
+    plot_frontier(found, folder / "frontier.png")
+    return [f"{len(points)} of {len(jobs)} runs.", "", *frontier_tables(found)]
+
+
 def points_of(jobs: Iterable[Job]) -> list[Point]:
-    """The finished runs of some jobs, each with one SAE."""
+    """The finished runs of some jobs, each with one SAE; says which cannot be compared.
+
+    Raises:
+        UserError: None is finished, or runs of one curve differ in more than their seed and what
+            makes them sparse.
+    """
     jobs = list(jobs)
     known = known_runs(jobs)
-    return [point_of(job.config, run) for job in jobs if (run := known.finished(job)) is not None]
+    runs = [(job.config, run) for job in jobs if (run := known.finished(job)) is not None]
+    if not runs:
+        raise UserError(f"none of {len(jobs)} runs is finished; do them with run_sweep.py")
+    kinds = {config.saes.kind for config, _ in runs}
+    alike: dict[str, tuple[Config, Path]] = {}
+    points = []
+    for config, run in runs:
+        name = config.mix if len(kinds) == 1 else f"{config.saes.kind} {config.mix}"
+        check_alike(*alike.setdefault(name, (config, run)), config, run)
+        point = point_of(name, config, run)
+        if point is None:
+            print(f"left out: {run}, whose L0 is 0, or which has numbers that are not finite")
+        else:
+            points.append(point)
+    return points
 
 
-def point_of(config: Config, run: Path) -> Point:
-    """What is compared of a finished run.
+def check_alike(first: Config, first_run: Path, config: Config, run: Path) -> None:
+    """Raise a `UserError` if two runs do not belong to one curve."""
+    from sparsify.training.resume import differing_settings
+
+    found = [
+        one
+        for one in differing_settings(
+            "", first.model_dump(mode="json"), config.model_dump(mode="json")
+        )
+        if one.partition(":")[0] not in MAY_DIFFER
+    ]
+    if found:
+        raise UserError(
+            f"{run}: is not of one curve with {first_run}, as it has {', '.join(found)}; compare "
+            "runs that differ in their seed and in how sparse they are"
+        )
+
+
+def point_of(name: str, config: Config, run: Path) -> Point | None:
+    """What is compared of a finished run. None: it is not finite, or nothing is active.
 
     Raises:
         UserError: It has several SAEs.
@@ -55,14 +119,20 @@ def point_of(config: Config, run: Path) -> Point:
             "out"
         )
     sparsity = config.loss.sparsity
+    coeffs = [getattr(config.saes, "k", None), sparsity and (sparsity.target_l0 or sparsity.coeff)]
+    l0 = metrics[f"sparsity/eval/L_0/{positions[0]}"]
+    ce_increase = metrics["performance/eval/ce_loss_increase"]
+    kl = metrics["loss/eval/logits_kl"]
+    if not l0 or ce_increase is None or kl is None:
+        return None
     return Point(
-        mix=config.mix,
+        mix=name,
         seed=config.seed,
-        coeff=float(getattr(config.saes, "k", None) or (sparsity.coeff if sparsity else 0.0)),
-        l0=metrics[f"sparsity/eval/L_0/{positions[0]}"],
+        coeff=float(next(filter(None, coeffs), 0.0)),
+        l0=l0,
         alive=int(metrics[f"sparsity/alive_dict_elements/{positions[0]}"]),
-        ce_increase=metrics["performance/eval/ce_loss_increase"],
-        kl=metrics["loss/eval/logits_kl"],
+        ce_increase=ce_increase,
+        kl=kl,
     )
 
 
@@ -74,9 +144,9 @@ def frontier_rows(curves: Curves) -> list[Row]:
         n_seeds = min(map(len, values.values()), default=0)
         if n_seeds > 0:
             row: Row = {"at_ce_increase": level}
-            for mix in MIXES:
+            for mix in dict.fromkeys([*MIXES, *curves]):
                 l0 = spread(values[mix]).mean if mix in values else None
-                row[f"l0_{mix.replace('-', '_')}"] = l0
+                row["l0_" + mix.replace("-", "_").replace(" ", "_")] = l0
             rows.append({**row, "n_seeds": n_seeds})
     return rows
 
@@ -103,7 +173,7 @@ def _table(
     rows = []
     for level, read in reads:
         values = read_all(curves, read)
-        if all(values.values()):
+        if all(values.values()) and min(values[first]) > 0:
             ratios = [
                 [a / b for a, b in zip(values[mix], values[first], strict=True)] for mix in others
             ]
@@ -111,7 +181,20 @@ def _table(
             rows.append([level, *map(str, spreads), str(len(values[first]))])
     ratio_names = [f"{mix} ÷ {first}" for mix in others]
     header = [at, *(f"{what} {mix}" for mix in mixes), *ratio_names, "seeds"]
-    return markdown_table(header, rows)
+    return markdown_table(header, rows) if rows else _ranges(curves, what)
+
+
+def _ranges(curves: Curves, what: str) -> list[str]:
+    """Why there is nothing to compare."""
+    lines = [f"{what}: at no level all mixes have a common seed to be compared."]
+    for mix, seeds in curves.items():
+        points = [point for curve in seeds.values() for point in curve]
+        l0, ce = [point.l0 for point in points], [point.ce_increase for point in points]
+        lines.append(
+            f"- {mix}: seeds {', '.join(map(str, sorted(seeds)))}, L0 {min(l0):.1f} to "
+            f"{max(l0):.1f}, CE increase {min(ce):.3f} to {max(ce):.3f}"
+        )
+    return lines
 
 
 def _mixes(curves: Curves) -> list[str]:
@@ -146,38 +229,42 @@ NAMES = {
 
 def _draw(axis: "Axes", curves: Curves, x: str, y: str) -> None:
     """A line of means over seeds for each mix, with standard deviations as bars."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     for mix in _mixes(curves):
         by_coeff: dict[float, list[Point]] = {}
         for curve in curves[mix].values():
             for point in curve:
                 by_coeff.setdefault(point.coeff, []).append(point)
-        spreads = sorted(
-            [
-                (
-                    spread([float(getattr(point, x)) for point in points]),
-                    spread([float(getattr(point, y)) for point in points]),
-                )
-                for points in by_coeff.values()
-            ],
-            key=lambda pair: pair[0].mean,
-        )
+        at = {coeff: _spread_of(points, x) for coeff, points in by_coeff.items()}
+        value = {coeff: _spread_of(points, y) for coeff, points in by_coeff.items()}
+        coeffs = sorted(by_coeff, key=lambda coeff: at[coeff].mean)
         axis.errorbar(
-            [at.mean for at, _ in spreads],
-            [value.mean for _, value in spreads],
-            xerr=[at.std for at, _ in spreads],
-            yerr=[value.std for _, value in spreads],
+            [at[coeff].mean for coeff in coeffs],
+            [value[coeff].mean for coeff in coeffs],
+            xerr=[at[coeff].std for coeff in coeffs],
+            yerr=[value[coeff].std for coeff in coeffs],
             marker="o",
             markersize=4,
             capsize=2,
             label=mix,
         )
-    for scale, axes in ((axis.set_xscale, axis.xaxis), (axis.set_yscale, axis.yaxis)):
-        scale("log")
-        axes.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.set_minor_formatter(NullFormatter())
+    points = [point for seeds in curves.values() for curve in seeds.values() for point in curve]
+    if all(getattr(point, x) > 0 for point in points):
+        _make_logarithmic(axis.set_xscale, axis.xaxis)
+    if all(getattr(point, y) > 0 for point in points):
+        _make_logarithmic(axis.set_yscale, axis.yaxis)
     axis.set_xlabel(NAMES[x])
     axis.set_ylabel(NAMES[y])
     axis.grid(alpha=0.25)
+
+
+def _make_logarithmic(set_scale: Callable[[str], None], axis: "Axis") -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    set_scale("log")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _spread_of(points: Sequence[Point], name: str) -> Spread:
+    return spread([float(getattr(point, name)) for point in points])

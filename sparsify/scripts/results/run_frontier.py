@@ -3,26 +3,19 @@
     python sparsify/scripts/results/run_frontier.py SWEEP.yaml [...] [--to FOLDER]
 
 Reads the finished runs of the sweeps, which `run_sweep.py` makes. Prints tables, and writes
-`frontier.json` (mean L0 of each mix at the same CE increase) and `frontier.png` to the folder.
+`frontier.json` (mean L0 of each mix at the same CE increase), `frontier_points.json` (the runs) and
+`frontier.png` to the folder.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from sparsify.base_config import UserError
 from sparsify.cli import exit_code_of
-from sparsify.evaluation.frontier import curves
-from sparsify.scripts.results.frontier import (
-    frontier_rows,
-    frontier_tables,
-    plot_frontier,
-    points_of,
-)
+from sparsify.scripts.results.frontier import write_frontier
 from sparsify.scripts.train_tlens_saes.sweep import load_sweep
-from sparsify.training.run_folder import check_save_dir, write_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,19 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare(paths: Sequence[Path], folder: Path) -> int:
     """Compare the finished runs of some sweeps; returns the exit code."""
-    check_save_dir(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--to: '{folder}' is a file; give a folder")
     jobs = [job for path in paths for job in load_sweep(path)]
-    points = points_of(jobs)
-    if not points:
-        names = " ".join(map(str, paths))
-        raise UserError(f"{names}: none of {len(jobs)} runs is finished; do them with run_sweep.py")
-    found = curves(points)
-    print(f"{len(points)} of {len(jobs)} runs are finished\n")
-    print("\n".join(frontier_tables(found)))
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "frontier.json", json.dumps(frontier_rows(found), indent=1) + "\n")
-    plot_frontier(found, folder / "frontier.png")
-    print(f"\nwritten to {folder / 'frontier.json'} and {folder / 'frontier.png'}")
+    print("\n".join(write_frontier(jobs, folder)))
+    print(f"\nwritten to {folder}: frontier.json, frontier_points.json and frontier.png")
     return 0
 
 

@@ -15,32 +15,25 @@ from pathlib import Path
 
 from sparsify.base_config import load_config
 from sparsify.cli import exit_code_of
-from sparsify.evaluation.frontier import curves
 from sparsify.scripts.evaluate import run_evaluate
 from sparsify.scripts.results import claims
-from sparsify.scripts.results.frontier import (
-    frontier_rows,
-    frontier_tables,
-    plot_frontier,
-    points_of,
-)
-from sparsify.scripts.tables import put_into
+from sparsify.scripts.results.frontier import write_frontier
+from sparsify.scripts.tables import check_places, put_into
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.scripts.train_tlens_saes.jobs import (
     Job,
     KnownRuns,
-    add_processes_option,
-    do_jobs,
     known_runs,
 )
+from sparsify.scripts.train_tlens_saes.processes import add_processes_option, do_jobs
 from sparsify.scripts.train_tlens_saes.sweep import load_sweep
-from sparsify.training.run_folder import write_text
 
 FOLDER = Path(__file__).parent
 DOCS = FOLDER.parents[2] / "docs"
 DOCUMENT, RESULTS = DOCS / "results.md", DOCS / "results"
 FRONTIER = ("local", "e2e", "e2e_downstream")
 TOPK = ("topk_local", "topk_nine_tenths", "topk_e2e")
+SECTIONS = ("frontier", "same ce", "downstream", "geometry", "finetune")
 FINETUNE = FOLDER / "recipes" / "finetune.yaml"
 
 
@@ -54,15 +47,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_results(n_processes: int | None) -> int:
     """Do all that is not done yet; returns the exit code: 1 if a run failed."""
+    check_places(DOCUMENT, SECTIONS)
     sweeps = {name: load_sweep(FOLDER / "sweeps" / f"{name}.yaml") for name in (*FRONTIER, *TOPK)}
     code = do_jobs([*chain(*sweeps.values())], n_processes)
     known = known_runs([*chain(*sweeps.values())])
     sweeps["finetune"] = finetune_jobs(sweeps["topk_nine_tenths"], known)
     if sweeps["finetune"]:
         code |= do_jobs(sweeps["finetune"], n_processes)
-    write_frontier([*chain(*(sweeps[name] for name in FRONTIER))])
     put_into(DOCUMENT, "finetune", claims.finetune_table(sweeps))
-    return code | compare_runs([*chain(*(sweeps[name] for name in FRONTIER))])
+    compared = [*chain(*(sweeps[name] for name in FRONTIER))]
+    put_into(DOCUMENT, "frontier", write_frontier(compared, RESULTS))
+    return code | compare_runs(compared)
 
 
 def finetune_jobs(starts: Iterable[Job], known: KnownRuns) -> list[Job]:
@@ -71,8 +66,7 @@ def finetune_jobs(starts: Iterable[Job], known: KnownRuns) -> list[Job]:
     for start in starts:
         if (run := known.finished(start)) is None:
             continue
-        # Other batches than those of the start, which begins with the same ones as any run.
-        seed = start.config.seed + 100
+        seed = start.config.seed + claims.FINETUNE_SEED
         k = getattr(start.config.saes, "k", None)
         arguments = [
             str(FINETUNE),
@@ -83,15 +77,6 @@ def finetune_jobs(starts: Iterable[Job], known: KnownRuns) -> list[Job]:
         config = load_config(Config, arguments, "")
         jobs.append(Job(f"finetune saes.k={k} seed={seed}", arguments, config))
     return jobs
-
-
-def write_frontier(jobs: Sequence[Job]) -> None:
-    """Compare what mixes need; the rest of the document uses what comes out."""
-    found = curves(points_of(jobs))
-    rows = json.dumps(frontier_rows(found), indent=1)
-    write_text(RESULTS / "frontier.json", f"{rows}\n")
-    plot_frontier(found, RESULTS / "frontier.png")
-    put_into(DOCUMENT, "frontier", frontier_tables(found))
 
 
 def compare_runs(jobs: Sequence[Job]) -> int:

@@ -17,15 +17,14 @@ from typing import Any
 from sparsify.base_config import read_yaml, validate_config
 from sparsify.cli import exit_code_of
 from sparsify.config import PLACED
-from sparsify.scripts.tables import markdown_table, put_into
+from sparsify.scripts.tables import check_places, markdown_table, put_into
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.scripts.train_tlens_saes.jobs import (
     RESULT_FILE,
     Job,
-    add_processes_option,
-    do_jobs,
     known_runs,
 )
+from sparsify.scripts.train_tlens_saes.processes import add_processes_option, do_jobs
 from sparsify.training.run_folder import write_text
 
 FOLDER = Path(__file__).parent
@@ -50,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_kinds(recipes: Iterable[Path], chosen: Iterable[Path], n_processes: int | None) -> int:
     """Run what is not done of the chosen recipes; the table is of all that are done."""
+    check_places(DOCS / "kinds.md", ["kinds"])
     code = do_jobs([job_of(recipe) for recipe in chosen], n_processes)
     jobs = [job_of(recipe) for recipe in recipes]
     known = known_runs(jobs)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparsify.cli import exit_code_of
-from sparsify.scripts.train_tlens_saes.jobs import add_processes_option, do_jobs
+from sparsify.scripts.train_tlens_saes.processes import add_processes_option, do_jobs
 from sparsify.scripts.train_tlens_saes.sweep import load_sweep
 
 

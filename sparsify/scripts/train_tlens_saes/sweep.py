@@ -7,11 +7,12 @@
       loss.sparsity.coeff: {values: [1, 2, 4]}
       seed: {values: [0, 1, 2]}
 
-`RECIPE.yaml` is what all runs share. Paths are relative to the folder from which the command runs.
+`RECIPE.yaml` is what all runs share; further arguments may follow it. Paths are relative to the
+folder in which the command runs. For `wandb sweep` the runs must set `wandb_project`, in the
+recipe or as an argument.
 """
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -30,7 +31,7 @@ from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.scripts.train_tlens_saes.jobs import Job
 
 PROGRAM = "run_train_tlens_saes.py"
-MACROS = ("${env}", "${interpreter}", "${program}", "${args}")
+PROGRAM_MACRO, ARGS_MACRO = "${program}", "${args}"
 
 
 class Parameter(BaseConfig):
@@ -45,6 +46,12 @@ class Parameter(BaseConfig):
     def _has_values(self) -> Self:
         if len(self.model_fields_set) != 1 or self.values == []:
             raise ValueError("give either value, or values with at least one entry")
+        for value in self.choices:
+            if value is None or isinstance(value, dict | list):
+                raise ValueError(
+                    f"{value} is not passed on as it is by Weights & Biases; give numbers and "
+                    "names here, and what all runs share in command, as in --max_grad_norm=null"
+                )
         return self
 
     @property
@@ -60,7 +67,7 @@ class SweepConfig(BaseConfig):
     """The script that trains: run_train_tlens_saes.py."""
     method: Literal["grid"]
     """All combinations."""
-    command: list[str]
+    command: list[Name]
     """As Weights & Biases has it: macros, and between ${program} and ${args} the recipe, with
     further arguments if there are any."""
     parameters: dict[str, Parameter]
@@ -83,15 +90,18 @@ class SweepConfig(BaseConfig):
     def _command_runs_a_recipe(self) -> Self:
         if self.program.name != PROGRAM:
             raise ValueError(f"program ({self.program}) must be the path of {PROGRAM}")
-        if not self.recipe_arguments or self.recipe_arguments[0].startswith(("-", "$")):
-            example = ", ".join([*MACROS[:3], "RECIPE.yaml", MACROS[3]])
-            raise ValueError(f"command ({self.command}) must name a recipe: [{example}]")
+        has_macros = PROGRAM_MACRO in self.command and self.command[-1] == ARGS_MACRO
+        if not has_macros or not self.recipe_arguments or self.recipe_arguments[0][0] in "-$":
+            raise ValueError(
+                f"command ({self.command}) must name a recipe and hand on the settings of a run: "
+                f"[${{env}}, ${{interpreter}}, {PROGRAM_MACRO}, RECIPE.yaml, {ARGS_MACRO}]"
+            )
         return self
 
     @property
     def recipe_arguments(self) -> list[str]:
         """The recipe and what else all runs are given."""
-        return [part for part in self.command if part not in MACROS]
+        return self.command[self.command.index(PROGRAM_MACRO) + 1 : -1]
 
 
 def load_sweep(path: Path) -> list[Job]:
@@ -101,11 +111,16 @@ def load_sweep(path: Path) -> list[Job]:
         UserError: The file, its recipe or the settings of a run are not valid.
     """
     sweep = validate_config(SweepConfig, read_yaml(path), str(path))
+    if not (recipe := Path(sweep.recipe_arguments[0])).is_file():
+        raise UserError(
+            f"{path}: command: there is no recipe '{recipe}' in '{Path.cwd()}'; run the command in "
+            "the folder that this path is relative to"
+        )
     choices = [parameter.choices for parameter in sweep.parameters.values()]
     jobs = []
     for values in itertools.product(*choices):
         settings = dict(zip(sweep.parameters, values, strict=True))
-        options = [f"--{name}={_as_text(value)}" for name, value in settings.items()]
+        options = [f"--{name}={value}" for name, value in settings.items()]
         varied = [
             option.removeprefix("--")
             for option, of in zip(options, choices, strict=True)
@@ -118,7 +133,3 @@ def load_sweep(path: Path) -> list[Job]:
         except UserError as error:
             raise UserError(f"{path}: {label}: {error}") from None
     return jobs
-
-
-def _as_text(value: Any) -> str:  # of any setting
-    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,227 @@
+"""Several training runs at a time, each in a process of its own."""
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from sparsify.scripts.train_tlens_saes.jobs import Job, check_leaves_result, known_runs
+from sparsify.training.interrupt import held_interrupt
+from sparsify.training.run_folder import LOCK_FILE
+
+PROGRAM = Path(__file__).with_name("run_train_tlens_saes.py")
+POLL_SECONDS = 0.2
+MAX_LABEL = 150
+
+
+def do_jobs(jobs: Sequence[Job], n_processes: int | None) -> int:
+    """Do what is not done yet of some jobs; returns the exit code: 1 if one failed.
+
+    Their logs go to the folder `logs` beside the runs. Of all such commands whose runs go to the
+    same folder, one works at a time.
+
+    Args:
+        jobs: At least one. Equal ones are done once.
+        n_processes: Runs at a time. None: one for each GPU, or one.
+
+    Raises:
+        UserError: A job would leave no result from which it could be told that it is done.
+        KeyboardInterrupt: After all processes have saved and ended.
+    """
+    for job in jobs:
+        check_leaves_result(job)
+    failed = run_jobs(jobs, open_slots(n_processes))
+    for job in failed:
+        print(f"failed: {job.label}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def add_processes_option(parser: argparse.ArgumentParser) -> None:
+    """How many runs go on at a time."""
+
+    def count(text: str) -> int:
+        if not text.isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"'{text}' is no number of processes; give 1 or more")
+        return int(text)
+
+    help = "runs at a time (default: one for each GPU, or one)"
+    parser.add_argument("--processes", type=count, metavar="N", help=help)
+
+
+def open_slots(n_processes: int | None) -> list[dict[str, str]]:
+    """Variables of the environment of each process: its GPU, if there are any, and its threads.
+
+    Args:
+        n_processes: How many there are. None: one for each GPU, or one.
+    """
+    import torch
+
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if gpus == [""]:
+        gpus = [str(index) for index in range(torch.cuda.device_count())]
+    n_slots = n_processes or max(1, len(gpus))
+    n_threads = max(1, _n_cores() // n_slots)
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(n_threads))}
+    return [
+        threads | ({"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if gpus else {})
+        for index in range(n_slots)
+    ]
+
+
+def _n_cores() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def run_jobs(jobs: Sequence[Job], slots: Sequence[Mapping[str, str]]) -> list[Job]:
+    """Do what is not done yet of some jobs, and say what happens.
+
+    Args:
+        jobs: What is to be done. Equal ones are done once.
+        slots: Variables of the environment of each process, of which as many run at a time.
+
+    Returns:
+        The jobs that failed.
+
+    Raises:
+        KeyboardInterrupt: After all processes have saved and ended, or at once for a second one.
+    """
+    jobs = list({job.key: job for job in jobs}.values())
+    free, running, failed = list(slots), [], []
+    with (
+        sole_owner({logs_of(job) for job in jobs}) as locks,
+        held_interrupt("type the same command to go on") as is_interrupted,
+    ):
+        waiting = deque(_to_do(jobs))
+        try:
+            while running or (waiting and not is_interrupted()):
+                while waiting and free and not is_interrupted():
+                    running.append(_Run(*waiting.popleft(), free.pop(), locks))
+                if is_interrupted():
+                    _stop(running)
+                time.sleep(POLL_SECONDS)
+                for run in [run for run in running if run.process.poll() is not None]:
+                    running.remove(run)
+                    free.append(run.slot)
+                    if not run.report():
+                        failed.append(run.job)
+        finally:
+            _stop(running)
+    return failed
+
+
+def logs_of(job: Job) -> Path:
+    """Folder of the logs of a job's process."""
+    assert job.config.save_dir is not None
+    return job.config.save_dir / "logs"
+
+
+def _to_do(jobs: Sequence[Job]) -> Iterator[tuple[str, Job, Path | None]]:
+    """What to call each job that is not done, and the run that it goes on with."""
+    known = known_runs(jobs)
+    for number, job in enumerate(jobs, start=1):
+        name = f"[{number}/{len(jobs)}] {job.label}"
+        if (done := known.finished(job)) is not None:
+            print(f"{name}: done before, in {done}", flush=True)
+        else:
+            yield name, job, known.begun(job)
+
+
+class _Run:
+    """The process of a job."""
+
+    def __init__(
+        self,
+        name: str,
+        job: Job,
+        begun: Path | None,
+        slot: Mapping[str, str],
+        locks: Sequence[int],
+    ) -> None:
+        self.name, self.job, self.begun, self.slot = name, job, begun, slot
+        file_name = re.sub(r"[^\w.=-]+", "_", job.label)[:MAX_LABEL]
+        self.log = logs_of(job) / f"{file_name}.log"
+        resume = [] if begun is None else ["--resume", str(begun)]
+        command = [sys.executable, str(PROGRAM), *job.arguments, *resume]
+        what = "begins" if begun is None else f"goes on in {begun}"
+        print(f"{name}: {what}, log in {self.log}", flush=True)
+        self.is_stopped = False
+        self.start = time.monotonic()
+        with self.log.open("a", encoding="utf-8") as file:
+            self.log_start = file.tell()
+            print(shlex.join(command), file=file, flush=True)
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                env={**os.environ, **slot},
+                pass_fds=locks,
+                # Ctrl-C reaches the processes from here alone, as a second one would not let them
+                # save.
+                start_new_session=True,
+            )
+
+    def report(self) -> bool:
+        """Say how it ended; returns whether it did what it was to do."""
+        minutes = (time.monotonic() - self.start) / 60
+        if (code := self.process.returncode) == 0:
+            print(f"{self.name}: done in {minutes:.1f} minutes", flush=True)
+            return True
+        if self.is_stopped:
+            print(f"{self.name}: stopped", flush=True)
+            return False
+        with self.log.open(encoding="utf-8", errors="replace") as file:
+            file.seek(self.log_start)
+            lines = file.read().splitlines()
+        errors = [line for line in lines if line.startswith("error: ")] or lines
+        print(f"{self.name}: FAILED (exit code {code}): {errors[-1]}\n  log in {self.log}")
+        if self.begun is not None:
+            print(f"  the next time it goes on again; to begin anew, move {self.begun} away")
+        sys.stdout.flush()
+        return False
+
+
+def _stop(running: Sequence[_Run]) -> None:
+    """Have each process save and end."""
+    for run in running:
+        if not run.is_stopped:
+            run.is_stopped = True
+            # Not SIGINT, which is ignored by what a shell has put into the background.
+            run.process.terminate()
+
+
+@contextmanager
+def sole_owner(folders: Iterable[Path]) -> Iterator[list[int]]:
+    """Wait until no other command works on the folders, nor a process that one left behind.
+
+    Yields files that keep others waiting for as long as any process has them open, where the system
+    knows such a thing.
+    """
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    if os.name == "nt":
+        yield []
+        return
+    import fcntl
+
+    with ExitStack() as opened:
+        files = []
+        for folder in sorted(folders):  # in the same order for all, so that no two wait in a ring
+            # Of the open file, unlike the lock of a run folder: processes inherit it.
+            files.append(opened.enter_context((folder / LOCK_FILE).open("w")).fileno())
+            try:
+                fcntl.flock(files[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting until other runs of '{folder.parent}' have ended", flush=True)
+                fcntl.flock(files[-1], fcntl.LOCK_EX)
+        yield files
