@@ -79,7 +79,7 @@ def test_recipes_of_results_are_valid():
     assert start.config.n_samples + last.n_samples == whole.config.n_samples
     for mix in run_results.FRONTIER:
         assert {job.config.mix for job in sweeps[mix]} == {mix.replace("_", "-")}
-        assert {job.config.n_samples for job in sweeps[mix]} == {12_800}
+        assert {job.config.n_samples for job in sweeps[mix]} == {8_000}
         assert {job.config.seed for job in sweeps[mix]} == {0, 1, 2}
 
 
