@@ -243,7 +243,7 @@ def test_a_frontier_is_that_of_finished_runs(sweeps: Path, capsys: pytest.Captur
     for job in load_sweep(Path(paths[0])):
         assert train(job.arguments) == 0
     assert run_frontier.main(arguments) == 0
-    assert "4 of 6 runs are finished" in capsys.readouterr().out
+    assert "4 of 6 runs." in capsys.readouterr().out
     assert (sweeps / "frontier" / "frontier.json").exists()
     found = frontier.points_of(load_sweep(Path(paths[0])))
     assert [(point.mix, point.coeff, point.seed) for point in found] == [
