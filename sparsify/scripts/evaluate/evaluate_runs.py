@@ -10,8 +10,6 @@ from torch import Tensor
 
 from sparsify import SAETransformer
 from sparsify.base_config import UserError
-from sparsify.data.tokenizers import bos_token
-from sparsify.evaluation.evaluate import Kept
 from sparsify.evaluation.geometry import DictionarySimilarity, compare_dictionaries
 from sparsify.evaluation.suite import evaluate_suite
 from sparsify.evaluation.suite_results import Suite
@@ -20,7 +18,7 @@ from sparsify.model_loading import resolve_device
 from sparsify.saved_runs import model_identity
 from sparsify.scripts.evaluate.run_evaluate import SavedRun
 from sparsify.scripts.train_tlens_saes.config import Config
-from sparsify.scripts.train_tlens_saes.parts import find_tokenizer, load_eval_batches
+from sparsify.scripts.train_tlens_saes.parts import kept_tokens, load_eval_batches
 from sparsify.training.checkpoints import WEIGHTS_NAME, checkpoint_at, load_weights
 from sparsify.training.run_folder import write_text
 
@@ -117,23 +115,12 @@ def evaluate_checkpoint(checkpoint: Checkpoint) -> tuple[Suite, dict[str, Tensor
     config = checkpoint.config
     model = SAETransformer.from_local_path(checkpoint.path, resolve_device(config.device))
     batches = load_eval_batches(config, model.tlens_model)
-    suite = evaluate_suite(model, batches, kept=kept_tokens(config, model))
+    suite = evaluate_suite(model, batches, kept=kept_tokens(config, model.tlens_model))
     elements = {
         position: model.saes.at(position).dict_elements.detach().cpu()[sae.is_alive]
         for position, sae in suite.positions.items()
     }
     return suite, elements
-
-
-def kept_tokens(config: Config, model: SAETransformer) -> Kept | None:
-    """Which tokens the run's metrics count. None: all."""
-    ignored = config.ignored_tokens
-    if ignored is None:
-        return None
-    tokenizer = find_tokenizer(config.train_data, model.tlens_model)
-    token = None if tokenizer is None else bos_token(tokenizer)
-    ignored.check(token)
-    return lambda tokens: ignored.kept(tokens, token)
 
 
 def compare(

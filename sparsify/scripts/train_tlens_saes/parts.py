@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from sparsify.base_config import UserError
 from sparsify.data.config import DataConfig
 from sparsify.data.loader import TokenLoader, build_loader
-from sparsify.data.tokenizers import load_tokenizer
+from sparsify.data.tokenizers import bos_token, load_tokenizer
+from sparsify.evaluation.evaluate import Kept
 from sparsify.forward_plan import ForwardPlan, derive_plan
 from sparsify.hooked_model import TLensModel
 from sparsify.model_loading import resolve_device
@@ -85,6 +86,17 @@ def find_tokenizer(data: DataConfig, model: TLensModel) -> PreTrainedTokenizerBa
     if data.tokenizer_name and not data.is_tokenized:
         return load_tokenizer(data.tokenizer_name)
     return model.tokenizer
+
+
+def kept_tokens(config: Config, model: TLensModel) -> Kept | None:
+    """Which tokens losses and metrics count. None: all."""
+    ignored = config.ignored_tokens
+    if ignored is None:
+        return None
+    tokenizer = find_tokenizer(config.train_data, model)
+    token = None if tokenizer is None else bos_token(tokenizer)
+    ignored.check(token)
+    return lambda tokens: ignored.kept(tokens, token)
 
 
 def load_eval_batches(config: Config, model: TLensModel) -> list[Tensor]:

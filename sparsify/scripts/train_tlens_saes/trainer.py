@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.data.tokenizers import bos_token
 from sparsify.evaluation.evaluate import evaluate
 from sparsify.evaluation.results import Evaluation
 from sparsify.losses import total_loss
 from sparsify.model_loading import resolve_device
 from sparsify.runs import Runs
 from sparsify.scripts.train_tlens_saes.config import Config
-from sparsify.scripts.train_tlens_saes.parts import Parts, find_tokenizer, trained_parameters
+from sparsify.scripts.train_tlens_saes.parts import Parts, kept_tokens, trained_parameters
 from sparsify.training.cadence import Cadence, Every
 from sparsify.training.coefficients import Coefficients
 from sparsify.training.dead_elements import DeadElements, resample
@@ -62,11 +61,7 @@ class Trainer:
         )
         self.dead = config.dead_elements and DeadElements(config.dead_elements, self.saes)
         self.resampling = Every(config.resampling and config.resampling.every_n_samples)
-        self.bos_token: int | None = None
-        if config.ignored_tokens is not None:
-            tokenizer = find_tokenizer(config.train_data, self.model.tlens_model)
-            self.bos_token = None if tokenizer is None else bos_token(tokenizer)
-            config.ignored_tokens.check(self.bos_token)
+        self.kept = kept_tokens(config, self.model.tlens_model)
         optimizers = [build_adam(parameters, config.lr)]
         # To look at each number would make a GPU wait; there it is done when something is logged.
         self.is_watched = self.device == "cpu"
@@ -124,8 +119,8 @@ class Trainer:
         """What the loss of a batch is computed from."""
         tokens = self.on_device(tokens)
         runs = self.model.run(tokens, self.plan)
-        if self.config.ignored_tokens is not None:
-            runs = runs.only(self.config.ignored_tokens.kept(tokens, self.bos_token))
+        if self.kept is not None:
+            runs = runs.only(self.kept(tokens))
         return runs if self.dead is None else self.dead.marked(runs)
 
     def learn_from(self, runs: Runs, *, is_step: bool) -> None:
@@ -148,12 +143,12 @@ class Trainer:
     def set_decoder_bias(self, tokens: Tensor) -> None:
         """Set the decoders' biases to the middle of what stands there on a batch."""
         assert self.config.decoder_bias is not None
-        tokens, ignored = self.on_device(tokens), self.config.ignored_tokens
+        tokens = self.on_device(tokens)
         _, acts = self.model.forward_raw(tokens, run_entire_model=False)
         for position, sae in self.saes.items():
             act = acts[position].flatten(start_dim=2)
-            if ignored is not None:
-                act = act[ignored.kept(tokens, self.bos_token)]
+            if self.kept is not None:
+                act = act[self.kept(tokens)]
             set_decoder_bias(sae, act, self.config.decoder_bias)
 
     def evaluate(self, sink: Sink) -> Evaluation | None:
@@ -163,12 +158,7 @@ class Trainer:
         n_samples, evaluation = self.last_evaluation
         is_new = n_samples != self.n_samples
         if is_new or evaluation is None:
-            ignored = self.config.ignored_tokens
-            evaluation = evaluate(
-                self.model,
-                self.eval_batches,
-                kept=ignored and (lambda tokens: ignored.kept(tokens, self.bos_token)),
-            )
+            evaluation = evaluate(self.model, self.eval_batches, kept=self.kept)
         if is_new:
             sink.log(evaluation.metrics(), self.n_samples)
         self.last_evaluation = (self.n_samples, evaluation)
