@@ -168,12 +168,11 @@ class Sweep:
 
 @pytest.mark.slow
 @pytest.mark.fault
-@pytest.mark.model
 def test_a_sweep_that_is_killed_goes_on_and_does_each_run_once(
     sae_settings: dict[str, Any], tmp_path: Path
 ):
     data = {**sae_settings["train_data"], "n_epochs": None}
-    recipe = {**sae_settings, "n_samples": 2000, "save_every_n_samples": 80, "train_data": data}
+    recipe = {**sae_settings, "n_samples": 800, "save_every_n_samples": 80, "train_data": data}
     grid = {"loss.sparsity.coeff": {"values": [0.01, 0.1, 1]}, "seed": {"values": [0, 1]}}
     path = write_sweep(tmp_path, recipe, grid)
 
@@ -223,7 +222,6 @@ with sole_owner([Path({str(tmp_path / "logs")!r})]) as locks:
 
 
 @pytest.mark.slow
-@pytest.mark.model
 def test_other_runs_go_on_when_one_fails(
     sae_settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
