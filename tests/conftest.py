@@ -25,7 +25,7 @@ TINY_MODEL: dict[str, Any] = {
     "seed": 0,
     "device": "cpu",
 }
-MODEL_FIXTURES = {"tiny_model", "tiny_bridge"}
+MODEL_FIXTURES = {"tiny_model", "tiny_bridge", "tlens_model"}
 LOCAL_HOSTS = ("127.", "::1", "localhost", "0.0.0.0", "::")
 
 
@@ -43,6 +43,12 @@ def tiny_model() -> Any:  # HookedTransformer is no name that both versions have
 def tiny_bridge() -> Any:  # tests reach into attributes that its class does not declare
     """The same model as a TransformerBridge, with other weights."""
     return _build_tiny_bridge()
+
+
+@pytest.fixture(params=["tiny_model", "tiny_bridge"])
+def tlens_model(request: pytest.FixtureRequest) -> Any:
+    """Each of them in turn."""
+    return request.getfixturevalue(request.param)
 
 
 def _build_tiny_bridge() -> Any:

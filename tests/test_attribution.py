@@ -21,11 +21,6 @@ LAST_RESID = "blocks.2.hook_resid_post"
 EPS = 1e-6
 
 
-@pytest.fixture(params=["tiny_model", "tiny_bridge"])
-def tlens_model(request: pytest.FixtureRequest) -> Any:
-    return request.getfixturevalue(request.param)
-
-
 @pytest.fixture
 def tokens() -> Tensor:
     return torch.randint(64, (1, 6))

@@ -18,11 +18,6 @@ pytestmark = pytest.mark.model
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "stop_at_eos": False}
 
 
-@pytest.fixture(params=["tiny_model", "tiny_bridge"])
-def tlens_model(request: pytest.FixtureRequest) -> Any:
-    return request.getfixturevalue(request.param)
-
-
 @pytest.fixture
 def tokens() -> Tensor:
     return torch.randint(64, (2, 6))

@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from sparsify.base_config import UserError, read_yaml, validate_config
+from sparsify.config_differences import differing_settings
 from sparsify.secrets import one_line
 from sparsify.training.checkpoints import (
     STATE_NAME,
@@ -309,13 +310,3 @@ def _checksum(path: Path) -> str:
 
 def _manifest_path(run_dir: Path, n_samples: int) -> Path:
     return run_dir / f"checkpoint_{n_samples}.json"
-
-
-def differing_settings(name: str, before: object, now: object) -> Iterator[str]:
-    """`name` and its values, or those of the settings below it, where they differ."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in now:
-            below = f"{name}.{key}".strip(".")
-            yield from differing_settings(below, before.get(key), now[key])
-    elif before != now:
-        yield f"{name}: {json.dumps(now)} instead of {json.dumps(before)}"

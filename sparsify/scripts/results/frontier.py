@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsify.base_config import UserError
+from sparsify.config_differences import differing_settings
 from sparsify.evaluation.frontier import (
     Curve,
     Curves,
@@ -89,8 +90,6 @@ def points_of(jobs: Iterable[Job]) -> list[Point]:
 
 def check_alike(first: Config, first_run: Path, config: Config, run: Path) -> None:
     """Raise a `UserError` if two runs do not belong to one curve."""
-    from sparsify.training.resume import differing_settings
-
     found = [
         one
         for one in differing_settings(
