@@ -24,7 +24,7 @@ import sparsify.scripts.train_tlens_saes as scripts
 from sparsify.base_config import UserError, dump_yaml, load_config, read_yaml, validate_config
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.training.checkpoints import load_metadata, load_state, load_weights, save_weights
-from sparsify.training.resume import load_checkpoint, save_checkpoint
+from sparsify.training.resume_points import load_checkpoint, save_checkpoint
 
 RECIPE = (Path(scripts.__path__[0]) / "tiny_python_e2e.yaml").read_bytes()
 MANIFEST, WEIGHTS, STATE = NAMES = ("checkpoint_8.json", "samples_8.safetensors", "state_8.pt")

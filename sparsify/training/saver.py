@@ -12,7 +12,8 @@ from torch import Tensor
 from sparsify.base_config import UserError
 from sparsify.training.checkpoints import numbered_files, save_weights
 from sparsify.training.console import say
-from sparsify.training.resume import MANIFEST_NAME, resume_line, save_checkpoint
+from sparsify.training.resume import resume_line
+from sparsify.training.resume_points import MANIFEST_NAME, save_checkpoint
 from sparsify.training.run_folder import METRICS_FILE
 from sparsify.training.sinks import Sink
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparsify.scripts.train_tlens_saes import run_train_tlens_saes, train
 from sparsify.scripts.train_tlens_saes.run_train_tlens_saes import main
-from sparsify.training.resume import load_checkpoint
+from sparsify.training.resume_points import load_checkpoint
 from sparsify.training.saver import CheckpointSaver
 
 from .conftest import assert_same_end, run_in_one_piece, write_yaml

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from sparsify.training.checkpoints import numbered_files
-from sparsify.training.resume import MANIFEST_NAME, load_checkpoint
+from sparsify.training.resume_points import MANIFEST_NAME, load_checkpoint
 
 from .conftest import assert_same_end, write_yaml
 

@@ -7,12 +7,8 @@ import torch
 
 from sparsify.base_config import UserError
 from sparsify.training.checkpoints import save_weights
-from sparsify.training.resume import (
-    Checkpoint,
-    clear_what_came_after,
-    load_checkpoint,
-    save_checkpoint,
-)
+from sparsify.training.resume import clear_what_came_after
+from sparsify.training.resume_points import Checkpoint, load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.fault
 

@@ -12,7 +12,7 @@ import torch
 
 from sparsify.base_config import UserError
 from sparsify.training import saver as saver_module
-from sparsify.training.resume import load_checkpoint, save_checkpoint
+from sparsify.training.resume_points import load_checkpoint, save_checkpoint
 from sparsify.training.saver import CheckpointSaver
 from sparsify.training.sinks import NullSink, RunFolderSink
 

@@ -30,13 +30,13 @@ from sparsify.training.optimizers import build_muon
 from sparsify.training.preflight import check_disk_at_start
 from sparsify.training.random_state import get_random_state, set_random_state, set_seed
 from sparsify.training.resume import (
-    Checkpoint,
     checkpoint_to_go_on_from,
     clear_what_came_after,
     explained_misfit,
     folder_to_write_to,
     resume_line,
 )
+from sparsify.training.resume_points import Checkpoint
 from sparsify.training.run_folder import (
     METRICS_FILE,
     check_save_dir,

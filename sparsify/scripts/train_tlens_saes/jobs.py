@@ -59,7 +59,7 @@ class KnownRuns:
         """The newest run of a job that can go on from a checkpoint. None: there is none."""
         # They load torch, for which --help is not to wait.
         from sparsify.training.checkpoints import numbered_files
-        from sparsify.training.resume import MANIFEST_NAME
+        from sparsify.training.resume_points import MANIFEST_NAME
 
         runs = [run for run in self._runs(job) if numbered_files(run, MANIFEST_NAME)]
         return runs[-1] if runs else None

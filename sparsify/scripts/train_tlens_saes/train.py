@@ -21,13 +21,13 @@ from sparsify.training.memory import (
 from sparsify.training.plots import plot_training
 from sparsify.training.preflight import check_disk_at_start
 from sparsify.training.resume import (
-    Checkpoint,
     checkpoint_to_go_on_from,
     clear_what_came_after,
     explained_misfit,
     folder_to_write_to,
     resume_line,
 )
+from sparsify.training.resume_points import Checkpoint
 from sparsify.training.run_folder import (
     METRICS_FILE,
     check_save_dir,

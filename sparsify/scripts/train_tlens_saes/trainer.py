@@ -25,7 +25,7 @@ from sparsify.training.firing_windows import FiringWindows
 from sparsify.training.memory import estimate_memory
 from sparsify.training.optimizers import build_adam
 from sparsify.training.random_state import get_random_state, set_random_state
-from sparsify.training.resume import Checkpoint
+from sparsify.training.resume_points import Checkpoint
 from sparsify.training.saver import CheckpointSaver
 from sparsify.training.schedules import build_lr_schedulers
 from sparsify.training.sinks import Sink

@@ -1,0 +1,134 @@
+"""Points from which a run goes on as if it had not stopped.
+
+Such a point after N samples is three files. `samples_{N}.safetensors` holds the weights,
+`state_{N}.pt` all else that the next steps depend on, and `checkpoint_{N}.json`, which is written
+last, the checksums of both. Where that is missing or does not fit, the point before counts.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sparsify.base_config import UserError
+from sparsify.training.checkpoints import (
+    STATE_NAME,
+    load_state,
+    load_weights,
+    numbered_files,
+    save_state,
+    state_path,
+    weights_path,
+)
+from sparsify.training.run_folder import write_text
+
+MANIFEST_NAME = re.compile(r"checkpoint_(\d+)\.json")
+NUMBERED_NAME = re.compile(r"(?:checkpoint|samples|state)_(\d+)\.(?:json|safetensors|pt)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A point from which a run goes on."""
+
+    run_dir: Path
+    n_samples: int
+    weights: dict[str, Tensor]
+    state: dict[str, Any]  # of optimizers, loader and generators, which have no common type
+    damaged: list[str]
+    """Messages about newer points that cannot be used."""
+
+
+def save_checkpoint(
+    run_dir: Path, n_samples: int, state: Mapping[str, Any], keep_last: int
+) -> None:
+    """Make a point to go on from of the weights after `n_samples`, which have been written.
+
+    Points beyond the last `keep_last` lose their state. Their weights stay.
+
+    Args:
+        run_dir: Folder of the run.
+        n_samples: Samples trained on so far.
+        state: Tensors, numbers and strings in dictionaries, lists and tuples.
+        keep_last: How many points to keep.
+
+    Raises:
+        TypeError: `state` holds an object that could not be loaded again without pickled code.
+    """
+    files = (weights_path(run_dir, n_samples), save_state(run_dir, n_samples, state))
+    content = {"n_samples": n_samples, "sha256": {file.name: _checksum(file) for file in files}}
+    write_text(_manifest_path(run_dir, n_samples), json.dumps(content, indent=1) + "\n")
+    kept = sorted(numbered_files(run_dir, MANIFEST_NAME).values())[-keep_last:]
+    for manifest, number in numbered_files(run_dir, MANIFEST_NAME).items():
+        if number not in kept:
+            manifest.unlink()
+    # Those without a manifest too, which a crash may have left.
+    for state_file, number in numbered_files(run_dir, STATE_NAME).items():
+        if number not in kept:
+            state_file.unlink()
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """The newest whole point of a run folder, or the one that a file in it belongs to.
+
+    Raises:
+        UserError: There is none.
+    """
+    run_dir, wanted = path, None
+    if (match := NUMBERED_NAME.fullmatch(path.name)) and os.path.isfile(path):
+        run_dir, wanted = path.parent, int(match[1])
+    elif not os.path.isdir(path):  # False where `Path.is_dir` would raise
+        raise UserError(f"resume: there is no folder '{path}'; give the folder of a run")
+    numbers = sorted(numbered_files(run_dir, MANIFEST_NAME).values(), reverse=True)
+    damaged: list[str] = []
+    for number in numbers if wanted is None else [wanted]:
+        try:
+            _check_files(run_dir, number)
+        except UserError as error:
+            damaged.append(str(error))
+        except OSError as error:  # which may pass, so the point is not given up
+            raise UserError(
+                f"{error.filename}: cannot be read ({error.strerror}); try again"
+            ) from None
+        else:
+            # They are what was written. If they cannot be read, that may pass too.
+            state = load_state(state_path(run_dir, number))
+            weights = load_weights(weights_path(run_dir, number))
+            return Checkpoint(run_dir, number, weights, state, damaged)
+    reasons = "".join(f"\n  {message}" for message in damaged)
+    if wanted is not None and numbers and wanted not in numbers:
+        raise UserError(
+            f"resume: '{path}' has no training state any more, since keep_last keeps that of the "
+            f"last ones; go on from one of {', '.join(map(str, numbers))} samples"
+        )
+    raise UserError(
+        f"resume: '{path}' holds no whole checkpoint to go on from; start a new run{reasons}"
+    )
+
+
+def _check_files(run_dir: Path, number: int) -> None:
+    path = _manifest_path(run_dir, number)
+    try:
+        expected = json.loads(path.read_text(encoding="utf-8"))["sha256"]
+        files = (weights_path(run_dir, number), state_path(run_dir, number))
+        damaged = [file for file in files if _checksum(file) != expected[file.name]]
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename}: is missing") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{path}: is damaged") from None
+    if damaged:
+        raise UserError(f"{damaged[0]}: is damaged, its checksum is not that in {path.name}")
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _manifest_path(run_dir: Path, n_samples: int) -> Path:
+    return run_dir / f"checkpoint_{n_samples}.json"
