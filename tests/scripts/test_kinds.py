@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from example_saes import KINDS
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -28,16 +29,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.model]
 POSITION = "blocks.1.hook_resid_pre"
 READ, WRITTEN = "blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out"
 
-KINDS: dict[str, dict[str, Any]] = {
-    "relu": {},
-    "relu_tied_bias": {},
-    "topk": {"k": 3, "multi_k": 12},
-    "batch_topk": {"k": 3},
-    "jumprelu": {"bandwidth": 0.5, "initial_threshold": 0.1},
-    "gated": {},
-    "matryoshka": {"k": 3, "prefix_shares": [0.25, 0.5]},
-    "codebook": {"k": 3},
-    "transcoder": {"k": 3, "skip": True, "sae_positions": [WRITTEN], "read_positions": [READ]},
+SETTINGS: dict[str, dict[str, Any]] = {
+    **KINDS,
+    "transcoder": {**KINDS["transcoder"], "sae_positions": [WRITTEN], "read_positions": [READ]},
 }
 """What each has besides what all have."""
 PENALISED = {"relu", "relu_tied_bias", "jumprelu", "gated"}
@@ -89,7 +83,7 @@ def _what_takes_most_of_the_time_is_left_out() -> Iterator[None]:
 def content_of(settings: Mapping[str, Any], kind: str, loss: Mapping[str, Any]) -> dict[str, Any]:
     """A config that trains SAEs of a kind."""
     sparsity = {"sparsity": {"coeff": 0.01}} if kind in PENALISED else {}
-    saes = {**settings["saes"], "kind": kind, **KINDS[kind]}
+    saes = {**settings["saes"], "kind": kind, **SETTINGS[kind]}
     return {**settings, "saes": saes, "loss": {**sparsity, **loss}, "eval_n_samples": 4}
 
 
