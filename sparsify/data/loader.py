@@ -5,6 +5,7 @@ import itertools
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -171,6 +172,17 @@ def _leave_signals_to_the_main_process(worker: int) -> None:
         os.setpgrp()
     # The fork took over what the main process does on SIGTERM, by which it ends the worker.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "sigwaitinfo"):
+        # Some schedulers send it to every process.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_if_the_main_process_says_so, daemon=True).start()
+
+
+def _end_if_the_main_process_says_so() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _collate(rows: list[Row | UserError]) -> Int[Tensor, "batch pos"] | UserError:

@@ -1,8 +1,8 @@
 import io
 import multiprocessing
-import os
 import pickle
 import signal
+import subprocess
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -123,14 +123,17 @@ def test_tokenizer_that_has_run_does_not_complain_about_the_worker(
     assert capfd.readouterr().err == ""
 
 
-def test_interrupt_does_not_end_the_worker(source_tree: Path, tokenizer: PreTrainedTokenizerFast):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_from_elsewhere_does_not_end_the_worker(
+    number: signal.Signals, source_tree: Path, tokenizer: PreTrainedTokenizerFast
+):
     others = set(multiprocessing.active_children())
     loader = build({"dataset_name": str(source_tree)}, tokenizer, num_workers=1)
     batches = iter(loader)
     next(batches)
     [worker] = set(multiprocessing.active_children()) - others
     assert worker.pid is not None
-    os.kill(worker.pid, signal.SIGINT)
+    subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
     assert len(list(batches)) + 1 == len(list(build({"dataset_name": str(source_tree)}, tokenizer)))
 
 

@@ -102,7 +102,7 @@ def test_sigterm_prints_the_line_that_goes_on(
     assert_same_end(run_dir, whole)
 
 
-def test_a_signal_to_the_whole_process_group_loses_nothing(config: Path):
+def test_a_signal_to_every_process_loses_nothing(config: Path):
     script = Path(train.__file__).with_name("run_train_tlens_saes.py")
     command = [sys.executable, str(script), str(config), "--n_samples", "100000"]
     command += ["--log_every_n_grad_steps", "5"]
@@ -113,6 +113,7 @@ def test_a_signal_to_the_whole_process_group_loses_nothing(config: Path):
         for line in process.stderr:
             if "/100,000 samples: loss" in line:
                 break
+        subprocess.run(["pkill", "-TERM", "-P", str(process.pid)], check=True)  # the data worker
         os.killpg(process.pid, signal.SIGTERM)
         last_lines = process.stderr.read()
     assert process.returncode == 130
