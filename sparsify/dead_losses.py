@@ -1,7 +1,7 @@
 """Losses that train dead dictionary elements: those that do not fire, and so get no gradient.
 
-What an SAE read counts as constant: earlier SAEs are not to learn what wakes elements of later
-ones.
+They train nothing but these elements. What is encoded counts as constant: neither earlier SAEs nor
+the decoder's bias, by which it is centred, are to learn what wakes them.
 
 Dimensions: `*sample` is any leading batch and position dimensions, `n_dict` the number of
 dictionary elements.
@@ -27,10 +27,13 @@ def aux_k(
 
     With e = target - output, which has no gradient, and e_dead what the k dead elements with the
     largest positive pre-activations write, it is the sum of |e - e_dead|^2, divided by that of
-    |e - mean e|^2 (Gao et al. 2024, arXiv:2406.04093, section A.2). It has no unit, so that one
-    coefficient serves beside an error of activations and beside a KL. In an end-to-end mix, too, it
-    points dead elements to what is left out of the activation, whether or not the model uses that;
-    once they fire, the other terms decide what they become.
+    |e - mean e|^2 (Gao et al. 2024, arXiv:2406.04093, section A.2). An element that fires on a
+    sample has no part in e_dead there: its part of the target is no longer in e, and what wakes it
+    would be undone.
+
+    It has no unit, while `out_to_in` has that of the squared activation. In an end-to-end mix, too,
+    it points dead elements to what is left out of the activation, whether or not the model uses
+    that; once they fire, the other terms decide what they become.
 
     0 if no element is dead.
 
@@ -45,7 +48,7 @@ def aux_k(
     if len(index) == 0:
         return torch.zeros((), device=dead.device)
     error = (acts.target - acts.output).detach()
-    pre_acts = sae.pre_acts_of(acts.input.detach(), index)
+    pre_acts = sae.pre_acts_of(acts.input, index).masked_fill(acts.c[..., index] != 0, 0.0)
     c = keep_largest(pre_acts, min(k or max(1, sae.d_act // 2), len(index)))
     elements = F.normalize(sae.decoder.elements[index], dim=1)
     return normalised_mse(F.linear(c, elements.T), error)
@@ -60,5 +63,5 @@ def pre_act(sae: SAE, acts: SAEActs, dead: Bool[Tensor, " n_dict"]) -> Float[Ten
     """
     assert isinstance(sae, JumpReLUSAE), "a config with another kind is refused"
     index = dead.nonzero().flatten()
-    below = sae.threshold[index] - sae.pre_acts_of(acts.input.detach(), index)
+    below = sae.threshold[index] - sae.pre_acts_of(acts.input, index)
     return below.relu().sum(dim=-1).mean() / sae.d_act

@@ -64,6 +64,13 @@ def test_aux_k_of_elements_that_write_what_is_left_out_is_zero(topk: TopKSAE):
     assert aux_k(topk, acts_of(output), DEAD).item() == pytest.approx(0)
 
 
+def test_aux_k_leaves_an_element_out_where_it_fires(topk: TopKSAE):
+    acts = acts_of(OUTPUT)
+    acts.c[0, 2] = 1.0
+    # As above, but nothing is written where (1, 1) is left out.
+    assert aux_k(topk, acts, DEAD).item() == pytest.approx((2 + 26) / 4)
+
+
 def test_aux_k_trains_dead_elements_and_not_the_error(topk: TopKSAE):
     output, target = OUTPUT.clone().requires_grad_(), torch.tensor([[3.0, 1.0], [1.0, -3.0]])
     target.requires_grad_()
@@ -74,6 +81,7 @@ def test_aux_k_trains_dead_elements_and_not_the_error(topk: TopKSAE):
         assert parameter.grad is not None
         rows = parameter.grad.reshape(4, -1).any(dim=1)
         assert rows.tolist() == [False, False, True, True]
+    assert topk.decoder.bias.grad is None
 
 
 def test_aux_k_of_a_transcoder_is_about_what_it_writes():
@@ -116,6 +124,7 @@ def test_pre_act_and_its_gradients_by_hand(jumprelu: JumpReLUSAE):
     # Each of the two tokens pulls with 1/4; on the logarithm of a threshold, threshold times that.
     torch.testing.assert_close(jumprelu.affine.bias.grad, torch.tensor([0, 0, -0.5, -0.5]))
     torch.testing.assert_close(jumprelu.log_threshold.grad, torch.tensor([0, 0, 1.5, 1.0]))
+    assert jumprelu.decoder.bias.grad is None
 
 
 def test_pre_act_leaves_an_element_that_fires_alone(jumprelu: JumpReLUSAE):

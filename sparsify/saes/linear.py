@@ -132,8 +132,10 @@ class LinearSAE(SAE):
     def pre_acts_of(
         self, input: Float[Tensor, "*sample d_act"], index: Int[Tensor, " some"]
     ) -> Float[Tensor, "*sample some"]:
-        """Pre-activations of some elements."""
-        return F.linear(self.centred(input), self.affine.weight[index], self.affine.bias[index])
+        """Pre-activations of some elements, whose gradient reaches these alone."""
+        return F.linear(
+            self.centred(input).detach(), self.affine.weight[index], self.affine.bias[index]
+        )
 
     def encode(self, input: Float[Tensor, "*sample d_act"]) -> Float[Tensor, "*sample n_dict"]:
         """Non-negative activations of the dictionary elements."""
@@ -191,8 +193,10 @@ class LinearSAE(SAE):
         """Make elements anew, each to read an input and write its target.
 
         As in Bricken et al. 2023 the encoder's rows get a fifth of the mean norm of the other rows,
-        and the encoder's bias is zero there; if the encoder does not subtract the decoder's bias,
-        it is what subtracting the mean input comes to.
+        here with those of dead elements for which there was no input, and the encoder's bias is
+        zero there. Unlike there, directions are those of inputs and targets less the decoder's
+        bias. If the encoder does not subtract that, the mean input takes its place, and the
+        encoder's bias is what subtracting it comes to.
         """
         others = torch.ones(self.n_dict, dtype=torch.bool, device=new.index.device)
         others[new.index] = False
