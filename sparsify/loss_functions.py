@@ -13,6 +13,9 @@ from sparsify.saes.acts import SAEActs
 from sparsify.saes.base import SAE
 from sparsify.saes.jumprelu import JumpReLUSAE
 
+ROUNDING = 100
+"""A deviation from the mean by less than so many units of rounding is none."""
+
 
 def sparsity(c: Float[Tensor, "*sample n_dict"], d_act: int, p_norm: float) -> Float[Tensor, ""]:
     """The p-norm of `c`, (sum c^p)^(1/p), averaged over samples, per dimension of the activation.
@@ -78,13 +81,13 @@ def normalised_mse(
 ) -> Float[Tensor, ""]:
     """Squared error of `pred`, relative to always predicting the mean of `target` over samples.
 
-    0 is perfect, 1 no better than the mean. 0 if `target` is the same for all samples, as there is
-    nothing to divide by then.
+    0 is perfect, 1 no better than the mean. 0 if `target` is the same for all samples but for
+    rounding, as there is nothing to divide by then.
     """
     wide = torch.promote_types(torch.promote_types(pred.dtype, target.dtype), torch.float32)
     rows = target.to(wide).flatten(end_dim=-2)
     variance = (rows - rows.mean(dim=0)).square().sum()
     error = (pred.to(wide) - target.to(wide)).square().sum()
     # Not `where(is_varied, error / variance, 0)`, whose gradient would be 0 / 0.
-    is_varied = variance > 0
+    is_varied = variance > (ROUNDING * torch.finfo(wide).eps) ** 2 * rows.square().sum()
     return is_varied * error / torch.where(is_varied, variance, 1.0)

@@ -129,8 +129,9 @@ def test_always_predicting_the_mean_has_normalised_error_one():
     assert in_to_orig(new=[[1, 3]] * 3, orig=[[0, 3], [2, 0], [1, 6]])[0].item() == pytest.approx(1)
 
 
-def test_normalised_error_is_zero_with_no_gradient_if_the_target_does_not_vary():
-    value, grad = in_to_orig(new=[[0, 1], [2, 0]], orig=[[1, 1], [1, 1]])
+@pytest.mark.parametrize("row", [[1.0, 1.0], [0.123, 5.7]])  # the latter's mean is rounded
+def test_normalised_error_is_zero_with_no_gradient_if_the_target_does_not_vary(row: list[float]):
+    value, grad = in_to_orig(new=[[0, 1], [2, 0], [1, 1]], orig=[row] * 3)
     assert value == 0
     assert not grad.any()
 
