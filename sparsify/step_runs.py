@@ -83,7 +83,8 @@ def _with_other_run(runs: Runs, model: "SAETransformer", prefix: Prefix, plan: F
     """The runs, and a spliced one with one of the SAEs' other outputs.
 
     All are as likely to be drawn. The weight of one is multiplied by their number, so that on
-    average its errors are the weighted sum of those of all.
+    average its errors are the weighted sum of those of all. SAEs that are trained switch to it
+    together; a frozen one writes what it does in use.
     """
     first = plan.sae_positions[0]
     weights = runs.saes[first].other_weights
@@ -96,7 +97,8 @@ def _with_other_run(runs: Runs, model: "SAETransformer", prefix: Prefix, plan: F
         acts = (
             runs.sae_acts[first] if position == first else model.saes.read(position, act, replaced)
         )
-        return replace(acts, output=runs.saes[position].other_output(acts, index))
+        sae = runs.saes[position]
+        return replace(acts, output=sae.other_output(acts, index)) if sae.is_trained else acts
 
     other = _with_spliced_run(runs, model, prefix, plan, read_other)
     return replace(runs, others=((len(weights) * weights[index], other),))

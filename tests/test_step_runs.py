@@ -163,6 +163,18 @@ def test_an_e2e_step_is_the_run_and_one_with_a_drawn_other_output(
     assert_is_main_plus_drawn(build(tiny_model, CONFIGS[kind], positions), tokens, kind)
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_frozen_sae_writes_what_it_does_in_use(tiny_model: Any, tokens: Tensor, kind: str):
+    model = build(tiny_model, CONFIGS[kind], THREE)
+    first, frozen, last = (model.saes.at(position) for position in model.raw_sae_positions)
+    frozen.requires_grad_(False)
+    _, runs = run(model, tokens, E2E)
+    ((_, other),) = runs.others
+    for sae, acts in zip((first, frozen, last), other.sae_acts.values(), strict=True):
+        is_own = torch.allclose(acts.output, sae.decode(acts.c), atol=1e-5)
+        assert is_own == (sae is frozen)
+
+
 @pytest.mark.parametrize("kind", ["multi_topk", "matryoshka"])
 def test_other_outputs_train_what_has_row_sparse_gradients(
     tiny_model: Any, tokens: Tensor, kind: str, monkeypatch: pytest.MonkeyPatch

@@ -50,6 +50,11 @@ class SAE(nn.Module, ABC):
         self.n_dict = n_dict
         self.d_out = d_out or d_act
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether any of its parameters has a gradient."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
     @abstractmethod
     def encode(self, input: Float[Tensor, "*sample d_act"]) -> Float[Tensor, "*sample n_dict"]:
         """The sparse code `c` of an activation."""

@@ -50,9 +50,7 @@ class Trainer:
         self.saes = {name: self.model.saes.at(name) for name in self.model.raw_sae_positions}
         for sae in self.saes.values():
             sae.row_sparse_grads = True  # which this optimizer takes
-        self.trained_saes = {
-            name: sae for name, sae in self.saes.items() if next(sae.parameters()).requires_grad
-        }
+        self.trained_saes = {name: sae for name, sae in self.saes.items() if sae.is_trained}
         self.firing = FiringWindows(
             self.model, config.collect_act_frequency_every_n_samples, config.act_frequency_n_tokens
         )
