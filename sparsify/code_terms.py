@@ -35,8 +35,8 @@ class SparsityLoss(CodeTerm):
     scale: PositiveFinite = 1.0
     """Of penalties tanh and log: activations of about this size are where they bend."""
     target_l0: PositiveFinite | None = None
-    """Active elements per token that a controller moves the coefficient to reach, from `coeff`.
-    null: the coefficient stays."""
+    """Active elements per token that a controller for each SAE that is trained moves its
+    coefficient to reach, from `coeff`. null: the coefficient stays."""
     target_warmup_samples: NonNegativeInt = 0
     """Samples over which the target moves to target_l0, by equal factors, from what L0 is at first.
     Where elements that have stopped firing hardly come back, as in JumpReLU SAEs, L0 must not fall

@@ -6,7 +6,9 @@
 
 So a token gets as many elements as it needs. Outside training a token must not depend on others: in
 eval mode c keeps the entries above a threshold, the running mean of the smallest entry that was
-kept in training. A training loop calls `learn_from` with each batch to move it.
+kept in training. A training loop calls `learn_from` with each batch to move it. While the smallest
+entries still fall the mean lags behind them, and fewer than k elements are active in eval mode: up
+to 15 % fewer were seen in the middle of a run, 3 % at its end.
 """
 
 import numpy as np
