@@ -97,7 +97,7 @@ def attribute_logit(
         minus: Whose logit is subtracted. None: none is.
         token: After which token of the sequence the logit is that of the next one, counted from 0,
             or from the end if negative.
-        sae_positions: Positions whose SAE takes part. None: all.
+        sae_positions: Positions whose SAE takes part. None or "all": each.
         add_error: Whether what SAEs do not reconstruct is added, so that the logit is that of the
             raw model, and later SAEs let through all that reaches them.
 
@@ -121,7 +121,7 @@ def attribute_logit(
     hooks = model.splice_hooks(positions, lambda position, acts: None, edit=shift)
     with eval_mode(model), torch.inference_mode(False), torch.enable_grad():
         # A clone, as tokens may come from inference mode.
-        prefix = Prefix(tokens.to(next(model.tlens_model.parameters()).device).clone())
+        prefix = Prefix(tokens.to(model.device).clone())
         resid = hooked.run(prefix, hooks, hooked.n_blocks)
         logits = hooked.unembed(resid[0, token])
         logit = logits[vocab_id] - (0.0 if minus is None else logits[minus])

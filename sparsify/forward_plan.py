@@ -8,13 +8,17 @@ block that a term needs. A mix of terms that only look at what the SAEs themselv
 (a *local* mix) needs no spliced run at all: each SAE is applied to the raw activation.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from sparsify.base_config import UserError
 from sparsify.hook_names import check_hook_names, first_block, stop_block
 from sparsify.hooked_model import HookedModel
 from sparsify.losses import LossConfig
+
+if TYPE_CHECKING:
+    from sparsify.sae_transformer import SAETransformer
 
 SETTING = "loss.in_to_orig.hook_positions"
 
@@ -40,37 +44,26 @@ class ForwardPlan:
     spliced_stop: int
 
 
-def derive_plan(
-    model: HookedModel,
-    sae_positions: Iterable[str],
-    losses: LossConfig,
-    reads: Mapping[str, str] | None = None,
-) -> ForwardPlan:
+def derive_plan(model: "SAETransformer", losses: LossConfig) -> ForwardPlan:
     """The least work that gives every loss term what it needs.
-
-    Args:
-        model: The model that is run.
-        sae_positions: Where SAEs write.
-        losses: The loss terms.
-        reads: The hook point that each SAE reads. None: that where it writes.
 
     Raises:
         UserError: A term reads a hook point that does not exist, or one at which the two runs
             agree because it lies before the first SAE, or logits that cannot be computed apart.
     """
-    positions = tuple(sae_positions)
+    hooked, positions = model.hooked_model, tuple(model.raw_sae_positions)
     terms = losses.terms().values()
     is_local = not any(term.needs_spliced_run for term in terms)
     needs_logits = any(term.needs_logits for term in terms)
     needs_raw_logits = any(term.needs_raw_logits for term in terms)
     raw = _union(term.raw_positions(positions) for term in terms)
     spliced = _union(term.spliced_positions(positions) for term in terms)
-    sources = positions if reads is None else tuple(reads[position] for position in positions)
+    sources = tuple(model.reads.values())
     start = min(first_block(position) for position in sources)
     if losses.in_to_orig is not None:
-        _check_lie_behind(model, losses.in_to_orig.hook_positions, positions)
+        _check_lie_behind(hooked, losses.in_to_orig.hook_positions, positions)
     if needs_logits:
-        model.check_unembedding()
+        hooked.check_unembedding()
     if is_local:
         raw = _union([raw, sources, positions])
     return ForwardPlan(
@@ -80,9 +73,9 @@ def derive_plan(
         needs_raw_logits=needs_raw_logits,
         start=start,
         raw_positions=raw,
-        raw_stop=_stop(model, raw, needs_raw_logits),
+        raw_stop=_stop(hooked, raw, needs_raw_logits),
         spliced_positions=spliced,
-        spliced_stop=_stop(model, (*positions, *spliced), needs_logits),
+        spliced_stop=_stop(hooked, (*positions, *spliced), needs_logits),
     )
 
 

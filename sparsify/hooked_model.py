@@ -300,12 +300,8 @@ class _ReachedFinalNorm(Exception):  # noqa: N818 (no error, but a way out)
         self.resid = resid
 
 
-def _as_tlens_hook(hook: Hook) -> Callable[..., Tensor | None]:
-    def tlens_hook(act: Tensor, hook: object) -> Tensor | None:
-        return wrapped(act)
-
-    wrapped = hook
-    return tlens_hook
+def _as_tlens_hook(call: Hook) -> Callable[..., Tensor | None]:
+    return lambda act, hook: call(act)  # TransformerLens gives its hook point by that name
 
 
 def _is_hooked_transformer(model: nn.Module) -> bool:

@@ -4,6 +4,8 @@ Dimensions: `*sample` is any leading batch and position dimensions, `d_act` the 
 hooked activation, `n_dict` the number of dictionary elements. KL is in `sparsify.kernels.chunked`.
 """
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -40,7 +42,7 @@ def sparsity(c: Float[Tensor, "*sample n_dict"], d_act: int, p_norm: float) -> F
 
 
 def concave_sparsity(
-    c: Float[Tensor, "*sample n_dict"], d_act: int, penalty: str
+    c: Float[Tensor, "*sample n_dict"], d_act: int, penalty: Literal["tanh", "log"]
 ) -> Float[Tensor, ""]:
     """Sum of tanh(c) or of log(1 + c), averaged over samples, per dimension of the activation.
 

@@ -3,7 +3,7 @@
 The total is the sum of coefficient times value over terms and positions:
 
     sparsity.coeff         * sum over SAEs of   mean penalty of c / d_act
-    out_to_in.coeff        * sum over SAEs of   mse(output, input)
+    out_to_in.coeff        * sum over SAEs of   mse(output, target), the input but for a transcoder
     out_to_orig.coeff      * sum over SAEs of   mse(output, orig)
     in_to_orig.total_coeff * mean over hook_positions of   mse(new, orig)
     logits_kl.coeff        * KL(orig || new), in nats per token
@@ -11,7 +11,9 @@ The total is the sum of coefficient times value over terms and positions:
     aux_k.coeff            * sum over SAEs of   error of dead elements
     pre_act.coeff          * sum over SAEs of   distance of dead elements from firing
 
-The terms are in `sparsify.loss_terms` and `sparsify.code_terms`.
+Coefficients are multiplied by schedules, `target_l0` and `balance_with`, mse at later hook points
+is divided by its variance if `normalised`, and for SAEs with other outputs (`Runs.others`) the
+errors of these are added. The terms are in `sparsify.loss_terms` and `sparsify.code_terms`.
 """
 
 from collections.abc import Callable

@@ -4,18 +4,24 @@ Together with `hooked_model.py` and `native_model.py` all that knows Transformer
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
+from transformer_lens.model_bridge.sources.native.model import NativeModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sparsify.architecture import Architecture
 from sparsify.base_config import UserError, nearest
+from sparsify.data.tokenizers import load_tokenizer
 from sparsify.hooked_model import TLENS_HAS_HOOKED_TRANSFORMER, TLensModel
+from sparsify.native_model import (
+    NATIVE,
+    bridge_config,
+    hooked_transformer_weights,
+    load_native_model,
+    tlens_settings,
+)
 from sparsify.secrets import one_line
-
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge.sources.native.model import NativeModel
-    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 BUNDLED_MODELS = {"tiny-python": Path(__file__).parent / "assets" / "tiny_python"}
 
@@ -38,7 +44,7 @@ def load_hooked_model(
         processing: `folded`: layer norms are folded into the weights and the weights centred, as
             `HookedTransformer.from_pretrained` does by default. `raw`: the weights as they are. The
             two compute the same logits from different activations.
-        device: Where to put the model, `auto` for a GPU if there is one.
+        device: Where to put the model, `auto` for a CUDA GPU if there is one.
         trust_remote_code: Whether Python code that comes with a model of the hub may be executed.
 
     Raises:
@@ -56,7 +62,7 @@ def load_hooked_model(
 
 
 def resolve_device(device: str) -> str:
-    """The device's name for torch; `auto` is a GPU if there is one.
+    """The device's name for torch; `auto` is a CUDA GPU if there is one.
 
     Raises:
         UserError: Torch does not see it.
@@ -70,9 +76,6 @@ def resolve_device(device: str) -> str:
 
 
 def _load_folder(folder: Path, processing: Processing) -> TLensModel:
-    from sparsify.data.tokenizers import load_tokenizer
-    from sparsify.native_model import load_native_model
-
     architecture, native = load_native_model(folder)
     tokenizer = load_tokenizer(str(folder))
     if TLENS_HAS_HOOKED_TRANSFORMER:
@@ -82,13 +85,11 @@ def _load_folder(folder: Path, processing: Processing) -> TLensModel:
 
 def _build_hooked_transformer(
     architecture: Architecture,
-    native: "NativeModel",
-    tokenizer: "Tokenizer | None",
+    native: NativeModel,
+    tokenizer: Tokenizer | None,
     processing: Processing,
 ) -> TLensModel:
     from transformer_lens import HookedTransformer, HookedTransformerConfig
-
-    from sparsify.native_model import hooked_transformer_weights, tlens_settings
 
     cfg = HookedTransformerConfig(**tlens_settings(architecture), device="cpu")
     model = HookedTransformer(cfg, tokenizer=tokenizer)
@@ -111,14 +112,12 @@ def _build_hooked_transformer(
 
 def build_bridge(
     architecture: Architecture,
-    native: "NativeModel",
-    tokenizer: "Tokenizer | None",
+    native: NativeModel,
+    tokenizer: Tokenizer | None,
     processing: Processing,
 ) -> TLensModel:
     """A `TransformerBridge` around TransformerLens's native model."""
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
-
-    from sparsify.native_model import NATIVE, bridge_config
 
     model = build_bridge_from_module(
         native, NATIVE, tl_config=bridge_config(architecture), tokenizer=tokenizer

@@ -40,7 +40,8 @@ class SAETransformer(nn.Module):
 
     Raises:
         UserError: A position repeats, is not a hook point, or has no activation vector per token,
-            or what a transcoder reads does not come before what it writes.
+            what a transcoder reads does not come before what it writes, or both or none of
+            `dict_size_to_input_ratio` and `sae` are given.
     """
 
     def __init__(
@@ -75,7 +76,12 @@ class SAETransformer(nn.Module):
                 for position in self.raw_sae_positions
             }
         )
-        self.saes.to(next(tlens_model.parameters()).device)
+        self.saes.to(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and its SAEs."""
+        return next(self.tlens_model.parameters()).device
 
     def forward_raw(
         self,
@@ -126,7 +132,7 @@ class SAETransformer(nn.Module):
 
         Args:
             tokens: Token ids. May be None if `orig_acts` is given.
-            sae_positions: Positions whose SAE takes part. None: all.
+            sae_positions: Positions whose SAE takes part. None or "all": each.
             cache_positions: Hook points to keep besides. None: no others.
             orig_acts: Raw activations by position. The model is then not run at all: each SAE reads
                 its own entry, and there are no logits.
@@ -135,7 +141,7 @@ class SAETransformer(nn.Module):
 
         Returns:
             Logits; by hook point, what each SAE read, its code and what it wrote, as they are after
-            the interventions, or the activation alone at `cache_positions`.
+            the interventions, or at `cache_positions` what passed, as `.input`, with heads flat.
         """
         positions = self.chosen(sae_positions)
         edit = self.edit(positions, interventions, add_error)
@@ -184,7 +190,7 @@ class SAETransformer(nn.Module):
             max_new_tokens: How many tokens to add at most.
             **kwargs: Passed on: `temperature`, `top_k`, `do_sample`, ...
         """
-        positions = self.chosen(None if sae_positions == "all" else sae_positions or [])
+        positions = self.chosen([] if sae_positions is None else sae_positions)
         edit = self.edit(positions, interventions, add_error, max_new_tokens)
         hooks = self.splice_hooks(positions, lambda position, acts: None, edit=edit)
         with eval_mode(self):
@@ -245,8 +251,9 @@ class SAETransformer(nn.Module):
         )
 
     def chosen(self, sae_positions: Sequence[str] | str | None) -> list[str]:
-        """Positions whose SAE takes part, each of which has one. None: all."""
-        positions = _names(sae_positions, self.raw_sae_positions)
+        """Positions whose SAE takes part, each of which has one. None or "all": each."""
+        every = self.raw_sae_positions
+        positions = every if sae_positions == "all" else _names(sae_positions, every)
         self._check_have_saes(positions)
         return positions
 

@@ -116,7 +116,7 @@ def test_plan_gives_the_loss_and_gradients_of_two_whole_runs(
 ):
     model = build(request.getfixturevalue(kind), positions)
     losses = LossConfig.model_validate(MIXES[mix])
-    plan = derive_plan(model.hooked_model, model.raw_sae_positions, losses)
+    plan = derive_plan(model, losses)
     expected, expected_values = two_whole_runs(model, tokens, losses)
     expected.backward()
     expected_grads = gradients(model)
@@ -211,7 +211,7 @@ def test_nothing_runs_that_no_term_needs(
 ):
     model = SAETransformer(request.getfixturevalue(kind), positions, dict_size_to_input_ratio=2.0)
     losses = LossConfig.model_validate(mix)
-    plan = derive_plan(model.hooked_model, model.raw_sae_positions, losses)
+    plan = derive_plan(model, losses)
     with counted(model.tlens_model) as (blocks, ends):
         runs = model.run(tokens, plan)
         assert blocks == counts
@@ -227,7 +227,7 @@ def test_gradients_flow_through_the_suffix_alone(
     kind: str, tokens: Tensor, request: pytest.FixtureRequest
 ):
     model = SAETransformer(request.getfixturevalue(kind), RESID, dict_size_to_input_ratio=2.0)
-    plan = derive_plan(model.hooked_model, RESID, LossConfig.model_validate(E2E))
+    plan = derive_plan(model, LossConfig.model_validate(E2E))
     runs = model.run(tokens, plan)
     assert runs.orig_resid is not None
     assert runs.new_resid is not None
@@ -269,14 +269,14 @@ def test_positions_at_which_nothing_can_be_compared_are_rejected(
         {**LOCAL, **downstream("blocks.2.hook_mlp_out", hook_position)}
     )
     with pytest.raises(UserError, match=re.escape(message)) as error:
-        derive_plan(model.hooked_model, model.raw_sae_positions, losses)
+        derive_plan(model, losses)
     assert str(error.value).startswith("loss.in_to_orig.hook_positions: ")
 
 
 def test_positions_of_later_saes_can_be_compared(tiny_model: Any):
     model = SAETransformer(tiny_model, THREE, dict_size_to_input_ratio=2.0)
     losses = LossConfig.model_validate({**LOCAL, **downstream(*THREE[1:])})
-    plan = derive_plan(model.hooked_model, THREE, losses)
+    plan = derive_plan(model, losses)
     assert plan.raw_positions == tuple(THREE[1:])
     assert plan.spliced_positions == ()  # the SAEs keep what they read
     assert not plan.is_local

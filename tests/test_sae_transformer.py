@@ -97,7 +97,7 @@ def test_sae_changes_the_logits(tlens_model: Any, tokens: Tensor):
 def test_gradients_reach_the_saes_alone(tlens_model: Any, tokens: Tensor, positions: list[str]):
     model = build(tlens_model, positions)
     assert not any(parameter.requires_grad for parameter in tlens_model.parameters())
-    plan = derive_plan(model.hooked_model, model.raw_sae_positions, E2E)
+    plan = derive_plan(model, E2E)
     loss, _ = total_loss(E2E, model.run(tokens, plan))
     loss.backward()
     assert all(parameter.grad is None for parameter in tlens_model.parameters())
@@ -109,7 +109,7 @@ def test_gradients_reach_the_saes_alone(tlens_model: Any, tokens: Tensor, positi
 def test_no_hook_is_left_behind(tlens_model: Any, tokens: Tensor):
     n_before = n_hooks(tlens_model)
     model = build(tlens_model, ALL)
-    plan = derive_plan(model.hooked_model, model.raw_sae_positions, E2E)
+    plan = derive_plan(model, E2E)
     model(tokens, cache_positions=["blocks.1.hook_resid_mid"])
     model.forward_raw(tokens)
     model.forward_raw(tokens, run_entire_model=False)
@@ -121,7 +121,7 @@ def test_no_hook_is_left_behind(tlens_model: Any, tokens: Tensor):
 def test_no_hook_is_left_behind_an_exception(tlens_model: Any, tokens: Tensor):
     n_before, bare = n_hooks(tlens_model), tlens_model(tokens)
     model = build(tlens_model, RESID)
-    plan = derive_plan(model.hooked_model, model.raw_sae_positions, E2E)
+    plan = derive_plan(model, E2E)
     put_saes(model, FailingSAE)
     for call in (
         lambda: model(tokens),
@@ -172,6 +172,7 @@ def test_only_the_named_saes_take_part(tlens_model: Any, tokens: Tensor):
     _, orig_acts = model.forward_raw(tokens)
     torch.testing.assert_close(acts[last].input, orig_acts[last], rtol=0, atol=0)
     assert not torch.allclose(logits, bare)
+    assert torch.equal(model(tokens, sae_positions="all")[0], model(tokens)[0])
     logits, acts = model(tokens, sae_positions=[])
     assert acts == {}
     assert torch.equal(logits, bare)
@@ -275,7 +276,7 @@ def test_saes_keep_their_precision_in_a_model_of_less(
     logits, acts = model(tokens)
     assert logits.dtype == torch.bfloat16
     assert {a.output.dtype for a in acts.values()} == {torch.float32}
-    plan = derive_plan(model.hooked_model, model.raw_sae_positions, E2E)
+    plan = derive_plan(model, E2E)
     loss, values = total_loss(E2E, model.run(tokens, plan))
     assert all(value.isfinite() for value in values.values())
     loss.backward()

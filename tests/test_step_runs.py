@@ -72,7 +72,7 @@ def build(tlens_model: Any, sae: SAEConfig, positions: list[str], **reads: Any) 
 
 def run(model: SAETransformer, tokens: Tensor, mix: dict[str, Any]) -> tuple[LossConfig, Runs]:
     losses = LossConfig.model_validate(mix)
-    plan = derive_plan(model.hooked_model, model.raw_sae_positions, losses, model.reads)
+    plan = derive_plan(model, losses)
     return losses, model.run(tokens, plan)
 
 
@@ -274,7 +274,7 @@ def test_other_outputs_are_in_the_precision_of_the_sae(tiny_model: Any, tokens: 
 def test_a_cross_entropy_needs_no_raw_run(tiny_model: Any, tokens: Tensor):
     model = build(tiny_model, TopKSAEConfig(dict_size_to_input_ratio=3, k=3), RESID)
     losses, runs = run(model, tokens, {"next_token_ce": {"coeff": 1}})
-    plan = derive_plan(model.hooked_model, RESID, losses)
+    plan = derive_plan(model, losses)
     assert (plan.raw_positions, plan.raw_stop) == ((), 0)
     assert runs.orig_resid is None
     logits, _ = model(tokens)

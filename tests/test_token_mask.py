@@ -72,7 +72,7 @@ def build(tlens_model: Any, sae: SAEConfig) -> SAETransformer:
 
 
 def run(model: SAETransformer, tokens: Tensor, losses: LossConfig) -> Runs:
-    return model.run(tokens, derive_plan(model.hooked_model, model.raw_sae_positions, losses))
+    return model.run(tokens, derive_plan(model, losses))
 
 
 MIX = {

@@ -16,6 +16,7 @@ Logits exist for a chunk of tokens at a time, and codes until the SAE has writte
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -70,6 +71,7 @@ def evaluate(
         chunk_size: Tokens whose logits exist at a time. None takes as many as are fast.
 
     Raises:
+        UserError: The model's logits are not those of its final norm and unembedding.
         ValueError: `batches` can be read only once, is empty or was not the same the second time,
             or a sequence has no next token to predict, or more tokens than the model's context.
     """
@@ -78,10 +80,11 @@ def evaluate(
             f"batches: a {type(batches).__name__} can be read only once, and is read twice here; "
             "give a list of batches, or a loader"
         )
+    model.hooked_model.check_unembedding()
     with eval_mode(model):
         runs = ForkedRuns(model)
-        means, n_tokens = _collect_means(runs, batches, kept, _device(model))
-        measurement = _Measurement(runs, means, kept, _device(model), chunk_size)
+        means, n_tokens = _collect_means(runs, batches, kept, model.device)
+        measurement = _Measurement(runs, means, kept, model.device, chunk_size)
         for tokens in batches:
             measurement.add(tokens)
         if measurement.n_tokens != n_tokens:
@@ -110,9 +113,9 @@ def check_batch(model: HookedModel, tokens: Int[Tensor, "..."]) -> None:
 class _Means:
     """Mean activations where SAEs write: of the raw model, and of the spliced one before that."""
 
-    def __init__(self, raw: dict[str, Tensor], read: dict[str, Tensor]) -> None:
+    def __init__(self, raw: dict[str, Tensor], target: dict[str, Tensor]) -> None:
         self.raw = raw
-        self.read = read
+        self.target = target
         self.zeros = {position: torch.zeros_like(mean) for position, mean in raw.items()}
 
 
@@ -123,23 +126,27 @@ def _collect_means(
     device: torch.device,
 ) -> tuple[_Means, int]:
     """The means over all tokens, and the number of tokens."""
-    raw, read = ActSums(), ActSums()
+    raw, target = ActSums(), ActSums()
     n_tokens = 0
     for tokens in batches:
         check_batch(runs.model, tokens)
         on_device = tokens.to(device)
-        raw.kept = read.kept = None if kept is None else kept(on_device)
-        n_tokens += tokens.numel() if raw.kept is None else int(raw.kept.sum())
+        counts = None if kept is None else kept(on_device)
+        n_tokens += tokens.numel() if counts is None else int(counts.sum())
         with torch.no_grad():
             prefix = runs.shared_prefix(on_device)
-            runs.suffix(prefix, raw.hooks(runs.positions), runs.last_sae_stop)
+            runs.suffix(prefix, raw.hooks(runs.positions, counts), runs.last_sae_stop)
             if len(runs.positions) > 1:  # a single SAE reads the raw activation
-                hooks = runs.splice_hooks(lambda position, acts: read.add(position, acts.target))
-                runs.suffix(prefix, hooks, runs.last_sae_stop)
+                add = partial(_add_target, target, counts)
+                runs.suffix(prefix, runs.splice_hooks(add), runs.last_sae_stop)
     if n_tokens == 0:
         raise ValueError("batches: hold no tokens; give at least one batch")
     raw_means = raw.means(n_tokens, device)
-    return _Means(raw_means, read.means(n_tokens, device) or raw_means), n_tokens
+    return _Means(raw_means, target.means(n_tokens, device) or raw_means), n_tokens
+
+
+def _add_target(sums: ActSums, counts: Tensor | None, position: str, acts: SAEActs) -> None:
+    sums.add(position, acts.target, counts)
 
 
 class _Measurement:
@@ -153,7 +160,6 @@ class _Measurement:
         device: torch.device,
         chunk_size: int | None,
     ) -> None:
-        runs.model.check_unembedding()
         self.runs = runs
         self.means = means
         self.kept = kept
@@ -176,7 +182,7 @@ class _Measurement:
         def observe(position: str, acts: SAEActs) -> None:
             acts = acts if kept is None else acts.only(kept)
             self.firings[position].update(acts.c)
-            for name, value in sae_sums(acts, self.means.read[position]).items():
+            for name, value in sae_sums(acts, self.means.target[position]).items():
                 sums[name, position] = value
 
         with torch.no_grad():
@@ -291,7 +297,3 @@ def prediction_sums(
 def _log_probs(resid: Tensor, unembed: Unembedding) -> Tensor:
     logits = unembed(resid)
     return F.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-
-
-def _device(model: SAETransformer) -> torch.device:
-    return next(model.tlens_model.parameters()).device

@@ -57,23 +57,28 @@ class ActSums:
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.kept: Bool[Tensor, "batch pos"] | None = None
-        """Tokens of the batch that count. None: all."""
 
-    def add(self, position: str, act: Float[Tensor, "batch pos ..."]) -> None:
-        """Add the activations of a batch. Heads, if there are, are flattened."""
+    def add(
+        self,
+        position: str,
+        act: Float[Tensor, "batch pos ..."],
+        kept: Bool[Tensor, "batch pos"] | None = None,
+    ) -> None:
+        """Add a batch's activations of the tokens that are kept. Heads, if any, are flattened."""
         # Double precision across batches, on the CPU, as not every device has it.
         rows = act.flatten(start_dim=2)
-        rows = rows.flatten(end_dim=1) if self.kept is None else rows[self.kept]
+        rows = rows.flatten(end_dim=1) if kept is None else rows[kept]
         total = rows.sum(dim=0, dtype=torch.float32).cpu().double()
         self.sums[position] = self.sums[position] + total if position in self.sums else total
 
-    def hooks(self, positions: Iterable[str]) -> dict[str, Hook]:
-        """Hooks that add what passes."""
+    def hooks(
+        self, positions: Iterable[str], kept: Bool[Tensor, "batch pos"] | None = None
+    ) -> dict[str, Hook]:
+        """Hooks that add what passes, of the tokens that are kept."""
 
         def hook_at(position: str) -> Hook:
             def hook(act: Tensor) -> None:
-                self.add(position, act)
+                self.add(position, act, kept)
 
             return hook
 

@@ -91,11 +91,10 @@ def intervention_effect(
     runs = ForkedRuns(model)
     runs.model.check_unembedding()
     sums: dict[str, float] = defaultdict(float)
-    device = next(model.tlens_model.parameters()).device
     with eval_mode(model), torch.no_grad():
         for tokens in batches:
             check_batch(runs.model, tokens)
-            on_device = tokens.to(device)
+            on_device = tokens.to(model.device)
             every = torch.ones_like(on_device, dtype=torch.bool)
             counts = every if kept is None else kept(on_device)
             if not counts.any():

@@ -18,16 +18,16 @@ from sparsify.runs import NO_TARGET
 
 
 def l2_ratio(
-    output: Float[Tensor, "*sample d_act"], input: Float[Tensor, "*sample d_act"]
+    output: Float[Tensor, "*sample d_act"], target: Float[Tensor, "*sample d_act"]
 ) -> Float[Tensor, "*sample"]:
-    """||output|| / ||input|| of each token, NaN where the input is zero.
+    """||output|| / ||target|| of each token, NaN where the target is zero.
 
-    At least 0; 1 is best, below 1 the SAE shrinks what it reads. Braun et al. 2024
+    At least 0; 1 is best, below 1 the SAE shrinks what it stands for. Braun et al. 2024
     (arXiv:2405.12241, Table 5) report its mean over tokens.
     """
-    input_norm = torch.linalg.vector_norm(input, dim=-1)
-    ratio = torch.linalg.vector_norm(output, dim=-1) / input_norm
-    return ratio.where(input_norm > 0, math.nan)
+    target_norm = torch.linalg.vector_norm(target, dim=-1)
+    ratio = torch.linalg.vector_norm(output, dim=-1) / target_norm
+    return ratio.where(target_norm > 0, math.nan)
 
 
 def squared_distance(
@@ -38,9 +38,9 @@ def squared_distance(
 
 
 def explained_variance(sum_of_errors: float, sum_of_deviations: float) -> float:
-    """1 - sum ||output - input||^2 / sum ||input - mean||^2, sums and mean over all tokens.
+    """1 - sum ||output - target||^2 / sum ||target - mean||^2, sums and mean over all tokens.
 
-    At most 1, for a perfect reconstruction; 0 is as good as always writing the mean input, below 0
+    At most 1, for a perfect reconstruction; 0 is as good as always writing the mean, below 0
     is worse. The share of the variance that Gao et al. 2024 (arXiv:2406.04093) call 1 - normalised
     MSE, and SAEBench (arXiv:2503.09532) `explained_variance`.
 
@@ -48,9 +48,9 @@ def explained_variance(sum_of_errors: float, sum_of_deviations: float) -> float:
     leave out what the model does not use, and reach far below zero (Braun et al. 2024, Fig. 12).
 
     Args:
-        sum_of_errors: `squared_distance` of output and input, summed over tokens.
-        sum_of_deviations: `squared_distance` of input and mean input, summed over tokens. Where it
-            is 0 the result is NaN.
+        sum_of_errors: `squared_distance` of output and target, summed over tokens.
+        sum_of_deviations: `squared_distance` of target and mean target, summed over tokens. Where
+            it is 0 the result is NaN.
     """
     return 1 - sum_of_errors / sum_of_deviations if sum_of_deviations > 0 else math.nan
 
@@ -58,10 +58,10 @@ def explained_variance(sum_of_errors: float, sum_of_deviations: float) -> float:
 def unexplained_per_token(
     errors: Float[Tensor, "*sample"], deviations: Float[Tensor, "*sample"]
 ) -> Float[Tensor, "*sample"]:
-    """||output - input||^2 / ||input - mean||^2 of each token; 0 is a perfect reconstruction.
+    """||output - target||^2 / ||target - mean||^2 of each token; 0 is a perfect reconstruction.
 
     One minus its mean over tokens is what the original system of Braun et al. 2024 calls explained
-    variance, with the mean input of a batch where we take that of all tokens. At most 1, higher is
+    variance, with the mean of a batch where we take that of all tokens; at most 1, higher is
     better. Unlike in `explained_variance`, a token close to the mean weighs as much as one that is
     far from it, so a few of them can decide the result; SAEBench keeps the formula as
     `explained_variance_legacy`. Use it to compare with old runs only.
@@ -107,9 +107,9 @@ def top1_agreement(
 def recovered_fraction(ce_raw: float, ce_spliced: float, ce_ablated: float) -> float:
     """(ce_ablated - ce_spliced) / (ce_ablated - ce_raw): the share of a loss that the SAEs avert.
 
-    Ablation replaces the activations that the SAEs read by something that says nothing, and so
-    loses what they were good for. 1 is as good as the raw model, 0 as bad as the ablation, below 0
-    is worse; above 1 the spliced model is better than the raw one. "Loss recovered" of Bricken et
+    Ablation replaces the activations that the SAEs stand in for by something that says nothing, and
+    so loses what they were good for. 1 is as good as the raw model, 0 as bad as the ablation, below
+    0 is worse; above 1 the spliced model is better than the raw one. "Loss recovered" of Bricken et
     al. 2023 (Towards Monosemanticity) and SAEBench (arXiv:2503.09532) for ablation to zero. Zeros
     are far from anything that the later layers know, which flatters an SAE; the mean activation is
     the stricter baseline.

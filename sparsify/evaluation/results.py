@@ -10,7 +10,10 @@ from sparsify.evaluation.metrics import recovered_fraction
 
 @dataclass(frozen=True)
 class PositionEvaluation:
-    """One SAE, in the spliced run with all others. Over all tokens; see `metrics` for formulas."""
+    """One SAE, in the spliced run with all others. Over all tokens; see `metrics` for formulas.
+
+    Its target is the activation in whose place it writes: what it reads, but for a transcoder.
+    """
 
     n_dict: int
     """Dictionary elements."""
@@ -22,10 +25,10 @@ class PositionEvaluation:
     """Elements that were active on at least one of the evaluation's `n_tokens`."""
 
     mse: float
-    """Squared difference of output and input, averaged over tokens and dimensions."""
+    """Squared difference of output and target, averaged over tokens and dimensions."""
 
     explained_variance: float
-    """Ratio of sums. NaN if all inputs are equal."""
+    """Ratio of sums. NaN if all targets are equal."""
 
     explained_variance_per_token: float
     """The original system's: mean over tokens of a ratio."""
@@ -34,7 +37,7 @@ class PositionEvaluation:
     """Standard deviation of that ratio over tokens."""
 
     l2_ratio: float
-    """Mean over the tokens whose input is not zero; NaN if there is none."""
+    """Mean over the tokens whose target is not zero; NaN if there is none."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Evaluation:
     """Cross-entropy with SAEs spliced in."""
 
     ce_loss_zero_ablated: float
-    """Cross-entropy with zeros in place of what the SAEs read, at all positions at once."""
+    """Cross-entropy with zeros in place of what the SAEs write, at all positions at once."""
 
     ce_loss_mean_ablated: float
     """The same with the raw model's activation, averaged over all tokens evaluated."""

@@ -124,7 +124,7 @@ class _ThirdPass:
     def __init__(self, model: SAETransformer, kept: Kept | None) -> None:
         self.runs = ForkedRuns(model)
         self.kept = kept
-        self.device = next(model.tlens_model.parameters()).device
+        self.device = model.device
         self.generator = torch.Generator().manual_seed(RANDOM_ERROR_SEED)
         self.later = later_hooks(self.runs.positions, self.runs.model.n_blocks)
         self.variances = {hook: RunningVariance() for hook in self.later}

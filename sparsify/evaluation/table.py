@@ -27,7 +27,7 @@ def format_table(evaluation: Evaluation) -> str:
             "L0         dictionary elements active on a token, on average",
             "alive      active on at least one of the tokens",
             "expl. var. 1 is a perfect copy of the activation, 0 no better than its mean",
-            "L2 ratio   length of what the SAE writes relative to what it read",
+            "L2 ratio   length of what the SAE writes relative to what stood there",
         ]
     )
 

@@ -11,7 +11,7 @@ def compile_kernels(model: SAETransformer) -> None:
     Raises:
         UserError: torch cannot compile here.
     """
-    device = next(model.tlens_model.parameters()).device
+    device = model.device
     if (reason := why_not_compiled(device)) is not None:
         needed = "a C++ compiler" if device.type == "cpu" else "Triton"
         raise UserError(

@@ -24,7 +24,7 @@ def set_precision(model: SAETransformer, mixed: bool | None) -> bool:
     Raises:
         UserError: The model's weights have a precision that does not mix.
     """
-    device = next(model.tlens_model.parameters()).device
+    device = model.device
     is_gpu = device.type == "cuda"
     is_mixed = is_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     is_mixed = is_mixed if mixed is None else mixed

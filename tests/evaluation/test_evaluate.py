@@ -7,6 +7,7 @@ from example_saes import FailingSAE, IdentitySAE
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsify.base_config import UserError
 from sparsify.evaluation.evaluate import evaluate
 from sparsify.evaluation.results import Evaluation
 from sparsify.kernels.unembedding import Unembedding
@@ -211,6 +212,12 @@ def test_logits_exist_for_a_chunk_at_a_time(
     monkeypatch.setattr(Unembedding, "transformed", counted)
     assert_same(evaluate(model, [tokens], chunk_size=25), whole)
     assert n_rows == [25] * 4 + [25] * 4 + [10] * 4  # 60 tokens in four runs
+
+
+def test_logits_that_are_computed_in_another_way_are_refused_at_once(tiny_model: Any):
+    tiny_model.unembed.register_forward_hook(lambda *call: call[-1] + 1)
+    with pytest.raises(UserError, match=r"^tlens_model: its logits are not"):
+        evaluate(build(tiny_model, RESID), [torch.tensor([[0]])])  # too short, too
 
 
 def test_blocks_before_the_first_sae_run_once_in_each_pass(tiny_model: Any, tokens: Tensor):

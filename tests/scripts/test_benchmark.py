@@ -101,7 +101,7 @@ def test_operations_of_a_step_by_hand():
     e2e = 3 * (block + attention) + 2 * (2 * block + 3 * attention) + 6 * d * vocab + sae
     for mode, expected in (("local", block + attention + sae), ("e2e", e2e)):
         loss = LossConfig.model_validate(SMALL.loss(mode))
-        plan = derive_plan(model.hooked_model, [SMALL.position], loss)
+        plan = derive_plan(model, loss)
         assert floor.step_flops(SMALL, plan, l0) == n_tokens * expected
 
 

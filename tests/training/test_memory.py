@@ -24,14 +24,14 @@ SHAPE = Shape(4, 64, 2, 512, batch_size=8, n_ctx=64, block=1, ratio=16.0)
 
 def plan_of(model: SAETransformer, mode: str) -> ForwardPlan:
     loss = LossConfig.model_validate(SHAPE.loss(mode))
-    return derive_plan(model.hooked_model, model.raw_sae_positions, loss)
+    return derive_plan(model, loss)
 
 
 @pytest.mark.model
 def test_terms_by_hand(tiny_model: Any):
     model = SAETransformer(tiny_model, "blocks.1.hook_resid_pre", 2.0)
     loss = LossConfig.model_validate({"sparsity": {"coeff": 1.0}, "logits_kl": {"coeff": 1.0}})
-    plan = derive_plan(model.hooked_model, model.raw_sae_positions, loss)
+    plan = derive_plan(model, loss)
     terms = estimate_memory(model, plan, n_tokens=10)
     weights = 16 * 32 + 32 + 32 * 16 + 16  # encoder and decoder of 32 elements
     assert terms["SAEs"] == terms["gradients"] == 4 * weights

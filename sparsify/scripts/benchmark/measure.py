@@ -86,7 +86,7 @@ class OurStepper:
         set_precision(model, None)
         self.model = model
         self.loss = loss
-        self.plan = derive_plan(model.hooked_model, model.raw_sae_positions, loss)
+        self.plan = derive_plan(model, loss)
         for position in model.raw_sae_positions:
             model.saes.at(position).row_sparse_grads = True
         parameters = list(model.saes.parameters())

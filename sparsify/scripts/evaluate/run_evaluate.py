@@ -71,7 +71,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--device",
         choices=("auto", "cpu", "cuda", "mps"),
         default="auto",
-        help="where to compute; auto: a GPU if torch sees one (auto)",
+        help="where to compute; auto: a CUDA GPU if torch sees one (auto)",
     )
     parser.add_argument(
         "--compare",

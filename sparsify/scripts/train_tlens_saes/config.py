@@ -38,7 +38,7 @@ class Config(SAETransformerConfig, TrainingConfig):
     act_frequency_n_tokens: Count = DEFAULT_ACT_FREQUENCY_N_TOKENS
     """Training tokens over which one such count runs."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to train. auto: a GPU if torch sees one."""
+    """Where to train. auto: a CUDA GPU if torch sees one."""
     mixed_precision: bool | None = None
     """Whether the frozen model multiplies in bfloat16, and SAEs on a GPU in TensorFloat-32. null:
     on a GPU that has bfloat16. The SAEs' weights and Adam's state stay in float32."""

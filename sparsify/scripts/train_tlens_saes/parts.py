@@ -48,9 +48,9 @@ def open_parts(config: Config) -> Parts:
         compile_kernels(model)
     return Parts(
         model=model,
-        plan=derive_plan(model.hooked_model, model.raw_sae_positions, config.loss, model.reads),
+        plan=derive_plan(model, config.loss),
         loader=open_data(config, config.train_data, model.tlens_model),
-        eval_batches=load_eval_batches(config, model.tlens_model),
+        eval_batches=load_eval_batches(config, model),
     )
 
 
@@ -99,14 +99,18 @@ def kept_tokens(config: Config, model: TLensModel) -> Kept | None:
     return lambda tokens: ignored.kept(tokens, token)
 
 
-def load_eval_batches(config: Config, model: TLensModel) -> list[Tensor]:
-    """The held-out batches, where the model is. Empty if there are no such data."""
+def load_eval_batches(config: Config, model: SAETransformer) -> list[Tensor]:
+    """The held-out batches, where the model is. Empty if there are no such data.
+
+    Raises:
+        UserError: They cannot be read, or the model cannot be judged.
+    """
     if config.eval_data is None:
         return []
+    model.hooked_model.check_unembedding()
     n_batches = -(-config.eval_n_samples // config.batch_size)
-    loader = open_data(config, config.eval_data, model, num_workers=0)
-    device = resolve_device(config.device)
-    return [tokens.to(device) for tokens in islice(loader, n_batches)]
+    loader = open_data(config, config.eval_data, model.tlens_model, num_workers=0)
+    return [tokens.to(model.device) for tokens in islice(loader, n_batches)]
 
 
 def trained_parameters(model: SAETransformer) -> list[nn.Parameter]:

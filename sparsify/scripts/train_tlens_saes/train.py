@@ -45,6 +45,7 @@ KEPT_SETTINGS = (
     "tlens_model_processing",
     "saes",
     "loss",
+    "decoder_bias",
     "dead_elements",
     "resampling",
     "ignored_tokens",
