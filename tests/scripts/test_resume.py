@@ -194,7 +194,7 @@ def test_checkpoints_by_the_clock(config: Path, whole: Path):
     ("overrides", "message"),
     [
         (["--loss.sparsity.coeff", "2"], "loss.sparsity.coeff: 2.0 instead of 0.01; remove the"),
-        (["--decoder_bias", "mean"], "decoder_bias: 'mean' instead of None; remove the"),
+        (["--decoder_bias", "mean"], 'decoder_bias: "mean" instead of null; remove the'),
         (["--n_samples", "12"], "n_samples (12) must be at least 16, since the run in"),
         (["--resume", "/nope"], "resume: there is no folder '/nope'; give the folder of a run"),
         (["--save_dir", "null"], "save_every_n_samples (8) needs a save_dir"),

@@ -114,7 +114,7 @@ def evaluate_checkpoint(checkpoint: Checkpoint) -> tuple[Suite, dict[str, Tensor
     """All that is measured, and the alive elements of each dictionary."""
     config = checkpoint.config
     model = SAETransformer.from_local_path(checkpoint.path, resolve_device(config.device))
-    batches = load_eval_batches(config, model)
+    batches = load_eval_batches(config, model.tlens_model)
     suite = evaluate_suite(model, batches, kept=kept_tokens(config, model.tlens_model))
     elements = {
         position: model.saes.at(position).dict_elements.detach().cpu()[sae.is_alive]

@@ -43,14 +43,14 @@ def open_parts(config: Config) -> Parts:
     set_seed(config.seed)
     model = build_sae_transformer(config, resolve_device(config.device))
     set_precision(model, config.mixed_precision)
-    check_target_l0(config, model)
+    check_suits(config, model)
     if config.compile:
         compile_kernels(model)
     return Parts(
         model=model,
         plan=derive_plan(model, config.loss),
         loader=open_data(config, config.train_data, model.tlens_model),
-        eval_batches=load_eval_batches(config, model),
+        eval_batches=load_eval_batches(config, model.tlens_model),
     )
 
 
@@ -69,8 +69,10 @@ def open_data(
     )
 
 
-def check_target_l0(config: Config, model: SAETransformer) -> None:
-    """Raise a `UserError` if more elements are to be active than there are."""
+def check_suits(config: Config, model: SAETransformer) -> None:
+    """Raise a `UserError` if a model cannot be evaluated, or has too few elements."""
+    if config.eval_data is not None:
+        model.hooked_model.check_unembedding()
     target = config.loss.sparsity.target_l0 if config.loss.sparsity else None
     for position in model.raw_sae_positions:
         n_dict = model.saes.at(position).n_dict
@@ -99,18 +101,14 @@ def kept_tokens(config: Config, model: TLensModel) -> Kept | None:
     return lambda tokens: ignored.kept(tokens, token)
 
 
-def load_eval_batches(config: Config, model: SAETransformer) -> list[Tensor]:
-    """The held-out batches, where the model is. Empty if there are no such data.
-
-    Raises:
-        UserError: They cannot be read, or the model cannot be judged.
-    """
+def load_eval_batches(config: Config, model: TLensModel) -> list[Tensor]:
+    """The held-out batches, where the model is. Empty if there are no such data."""
     if config.eval_data is None:
         return []
-    model.hooked_model.check_unembedding()
     n_batches = -(-config.eval_n_samples // config.batch_size)
-    loader = open_data(config, config.eval_data, model.tlens_model, num_workers=0)
-    return [tokens.to(model.device) for tokens in islice(loader, n_batches)]
+    loader = open_data(config, config.eval_data, model, num_workers=0)
+    device = resolve_device(config.device)
+    return [tokens.to(device) for tokens in islice(loader, n_batches)]
 
 
 def trained_parameters(model: SAETransformer) -> list[nn.Parameter]:

@@ -8,7 +8,7 @@ from sparsify.saved_runs import add_saes, load_model
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.scripts.train_tlens_saes.parts import (
     Parts,
-    check_target_l0,
+    check_suits,
     find_tokenizer,
     load_eval_batches,
     open_data,
@@ -45,7 +45,7 @@ def preflight(config: Config) -> bool:
         Check("resume", parts.check_resume, needs=("SAEs",)),
         Check("tokenizer", parts.check_tokenizers, needs=("model",)),
         Check("train_data", parts.check_train_data, needs=("tokenizer",)),
-        Check("eval_data", parts.check_eval_data, needs=("SAEs", "tokenizer")),
+        Check("eval_data", parts.check_eval_data, needs=("tokenizer",)),
         Check("memory", parts.check_memory, needs=("loss",)),
         Check("disk", parts.check_disk, needs=("save_dir", "SAEs")),
         Check("step", parts.check_step, needs=("loss", *resume, "train_data", "memory")),
@@ -84,7 +84,7 @@ class _CheckedParts:
 
     def check_plan(self) -> str:
         self.plan = derive_plan(self.model, self.config.loss)
-        check_target_l0(self.config, self.model)
+        check_suits(self.config, self.model)
         terms = " + ".join(self.config.loss.terms())
         last = max(self.plan.raw_stop, self.plan.spliced_stop)
         end = f"of {self.model.hooked_model.n_blocks} blocks, {last} are run"
@@ -119,7 +119,7 @@ class _CheckedParts:
     def check_eval_data(self) -> str:
         if self.config.eval_data is None:
             return "null: there is no evaluation"
-        n_samples = sum(map(len, load_eval_batches(self.config, self.model)))
+        n_samples = sum(map(len, load_eval_batches(self.config, self.tlens_model)))
         name = f"{self.config.eval_data.dataset_name} {self.config.eval_data.split}"
         return f"{name}: {n_samples:,} samples, eval_n_samples {self.config.eval_n_samples:,}"
 
