@@ -108,11 +108,10 @@ def check_loss_suits_kind(losses: LossConfig, sae: SAEConfig) -> None:
             f"loss.sparsity: SAEs of kind '{sae.kind}' have nothing to penalise; set it to null, "
             "and saes.k to the number of active elements"
         )
-    k = getattr(sae, "k", None)
-    if sparsity is not None and sparsity.target_l0 is not None and k is not None:
+    if sparsity is not None and sparsity.target_l0 is not None and sae.n_active is not None:
         raise ValueError(
-            f"loss.sparsity.target_l0 ({sparsity.target_l0:g}): saes.k ({k}) decides how "
-            "many elements are active; remove target_l0"
+            f"loss.sparsity.target_l0 ({sparsity.target_l0:g}): saes.k ({sae.n_active}) decides "
+            "how many elements are active; remove target_l0"
         )
     if sparsity is not None and sparsity.penalty == "l0" and sae.kind != "jumprelu":
         raise ValueError(

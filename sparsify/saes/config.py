@@ -23,6 +23,11 @@ class BaseSAEConfig(BaseConfig):
     has_decoder_bias: ClassVar[bool] = True
     """Whether what it writes has a bias."""
 
+    @property
+    def n_active(self) -> int | None:
+        """Elements active on a token, or on average, where `k` sets them. None: training does."""
+        return getattr(self, "k", None)
+
 
 class ReLUSAEConfig(BaseSAEConfig):
     """An SAE with a ReLU and decoder columns of unit norm (Braun et al. 2024)."""

@@ -118,7 +118,7 @@ def point_of(name: str, config: Config, run: Path) -> Point | None:
             "out"
         )
     sparsity = config.loss.sparsity
-    coeffs = [getattr(config.saes, "k", None), sparsity and (sparsity.target_l0 or sparsity.coeff)]
+    coeffs = [config.saes.n_active, sparsity and (sparsity.target_l0 or sparsity.coeff)]
     l0 = metrics[f"sparsity/eval/L_0/{positions[0]}"]
     ce_increase = metrics["performance/eval/ce_loss_increase"]
     kl = metrics["loss/eval/logits_kl"]

@@ -67,7 +67,7 @@ def finetune_jobs(starts: Iterable[Job], known: KnownRuns) -> list[Job]:
         if (run := known.finished(start)) is None:
             continue
         seed = start.config.seed + claims.FINETUNE_SEED
-        k = getattr(start.config.saes, "k", None)
+        k = start.config.saes.n_active
         arguments = [
             str(FINETUNE),
             f"--saes.k={k}",

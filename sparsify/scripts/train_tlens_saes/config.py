@@ -156,8 +156,8 @@ class Config(SAETransformerConfig, TrainingConfig):
         model = model[-MAX_MODEL_NAME:].strip("-")  # the end of a long path tells more
         sparsity = f"-sparsity-{self.loss.sparsity.coeff:g}" if self.loss.sparsity else ""
         kind = self.mix if self.saes.kind == "relu" else f"{self.saes.kind}-{self.mix}"
-        if (k := getattr(self.saes, "k", None)) is not None:
-            sparsity = f"-k-{k}{sparsity}"
+        if self.saes.n_active is not None:
+            sparsity = f"-k-{self.saes.n_active}{sparsity}"
         return (
             f"{model}-{kind}-ratio-{self.saes.dict_size_to_input_ratio:g}-lr-{self.lr:g}{sparsity}"
         )
