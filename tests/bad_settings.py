@@ -137,7 +137,7 @@ SETTINGS: dict[str, tuple[Mapping[str, Any], str]] = {
         "wandb_run_name: String should have at least 1 character (given: '')",
     ),
     "long run name": ({"wandb_run_name": "n" * 250}, "so it must have at most 200 bytes; cha"),
-    "prefix with a slash": ({"wandb_run_name_prefix": "/tmp/"}, "the run's name '/tmp/run' also n"),
+    "prefix with a slash": ({"wandb_run_name_prefix": "/tmp/"}, "the run's name '/tmp/"),
     "saves without a folder": (
         {"save_dir": None, "save_every_n_samples": 8},
         "save_every_n_samples (8) needs a save_dir, which is null; set a folder or remove",

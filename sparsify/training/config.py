@@ -116,9 +116,15 @@ class TrainingConfig(BaseConfig):
         """Batches of the whole run."""
         return self.n_steps * self.n_accumulation_steps
 
-    def run_name(self, default: str) -> str:
-        """The run's name with its prefix. `default` stands in where the config gives none."""
-        return self.wandb_run_name_prefix + (self.wandb_run_name or default)
+    @property
+    def default_run_name(self) -> str:
+        """Name of a run to which the config gives none. Each script has its own."""
+        return "run"
+
+    @property
+    def run_name(self) -> str:
+        """The run's name with its prefix."""
+        return self.wandb_run_name_prefix + (self.wandb_run_name or self.default_run_name)
 
     @model_validator(mode="after")
     def _batches_fill_the_effective_batch(self) -> Self:
@@ -174,7 +180,7 @@ class TrainingConfig(BaseConfig):
 
     @model_validator(mode="after")
     def _run_name_names_a_folder(self) -> Self:
-        check_run_name(self.run_name("run"))
+        check_run_name(self.run_name)
         return self
 
     @model_validator(mode="after")

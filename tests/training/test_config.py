@@ -73,9 +73,28 @@ def test_saved_config_loads_again(schedule: str):
     assert TrainingConfig.model_validate(yaml.safe_load(dump_yaml(config))) == config
 
 
-def test_run_name_has_its_prefix():
-    given = TrainingConfig.model_validate(
-        FIELDS | {"wandb_run_name": "a", "wandb_run_name_prefix": "p_"}
-    )
-    assert given.run_name("default") == "p_a"
-    assert TrainingConfig.model_validate(FIELDS).run_name("default") == "default"
+class _ScriptConfig(TrainingConfig):
+    words: str
+
+    @property
+    def default_run_name(self) -> str:
+        return self.words
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({}, "tiny"),
+        ({"wandb_run_name": "a"}, "a"),
+        ({"wandb_run_name": "a", "wandb_run_name_prefix": "p_"}, "p_a"),
+        ({"wandb_run_name_prefix": "p_"}, "p_tiny"),
+    ],
+)
+def test_run_name_is_the_given_or_the_scripts_behind_the_prefix(fields: dict[str, str], name: str):
+    assert _ScriptConfig.model_validate(FIELDS | {"words": "tiny"} | fields).run_name == name
+
+
+def test_a_scripts_own_name_must_name_a_folder_unless_another_is_given():
+    with pytest.raises(ValueError, match="the run's name 'a/b' also names its folder"):
+        _ScriptConfig.model_validate(FIELDS | {"words": "a/b"})
+    _ScriptConfig.model_validate(FIELDS | {"words": "a/b", "wandb_run_name": "a"})

@@ -28,7 +28,7 @@ def write_card(
     n_tokens = n_samples * config.train_data.n_ctx
     samples = [sample_text(model, tokenizer, prompt) for prompt in config.prompts]
     lines = [
-        f"# {config.run_name('tlens')}",
+        f"# {config.run_name}",
         "",
         f"A language model of {n_parameters:,} parameters, trained on {n_tokens:,} tokens of "
         f"`{config.train_data.dataset_name}`, for use with TransformerLens.",

@@ -29,6 +29,11 @@ class Config(TrainingConfig):
     prompts: list[str] = []
     """Texts that the trained model continues on its card."""
 
+    @property
+    def default_run_name(self) -> str:
+        """The same whatever the settings."""
+        return "tlens"
+
     @model_validator(mode="after")
     def _there_is_one_tokenizer(self) -> Self:
         if (self.tokenizer is None) == (self.train_data.tokenizer_name is None):

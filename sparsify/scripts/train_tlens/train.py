@@ -139,7 +139,7 @@ def train_language_model(config: Config) -> None:
         trainer.held,
         open_sinks(
             config,
-            run_name=config.run_name("tlens"),
+            run_name=config.run_name,
             run_dir=run_dir,
             n_ctx=config.train_data.n_ctx,
             start=trainer.n_samples,
@@ -159,7 +159,7 @@ def start(config: Config) -> tuple[Trainer, Path]:
     check_save_dir(config.save_dir)
     trainer = Trainer(config, make_tokenizer(config))
     check_disk_at_start(config, trainer.model, trainer.stepper.parameters)
-    run_dir = create_run_folder(config.save_dir, config.run_name("tlens"))
+    run_dir = create_run_folder(config.save_dir, config.run_name)
     trainer.held.enter_context(held_run_folder(run_dir))
     trainer.tokenizer.save_pretrained(run_dir / MODEL_FOLDER)
     return trainer, run_dir

@@ -150,6 +150,7 @@ class Config(SAETransformerConfig, TrainingConfig):
         kind = "e2e" if has_logits else "local"
         return kind if self.loss.in_to_orig is None else f"{kind}-downstream"
 
+    @property
     def default_run_name(self) -> str:
         """A name made from the settings that matter."""
         model = str(self.tlens_model_name or self.tlens_model_path).strip("/").replace("/", "-")

@@ -67,7 +67,7 @@ def train_saes(config: Config) -> None:
             trainer.held,
             open_sinks(
                 config,
-                run_name=config.run_name(config.default_run_name()),
+                run_name=config.run_name,
                 run_dir=run_dir,
                 n_ctx=config.train_data.n_ctx,
                 start=trainer.n_samples,
@@ -98,8 +98,7 @@ def start(config: Config) -> Trainer:
     trainer = Trainer(config, open_parts(config))
     check_disk_at_start(config, trainer.model.saes, trainer.stepper.parameters)
     if config.save_dir is not None:
-        run_name = config.run_name(config.default_run_name())
-        trainer.run_dir = create_run_folder(config.save_dir, run_name)
+        trainer.run_dir = create_run_folder(config.save_dir, config.run_name)
         trainer.held.enter_context(held_run_folder(trainer.run_dir))
         write_config(trainer.run_dir, config)
     return trainer
