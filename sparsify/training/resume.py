@@ -18,7 +18,7 @@ from sparsify.training.resume_points import (
     Checkpoint,
     load_checkpoint,
 )
-from sparsify.training.run_folder import CONFIG_FILE
+from sparsify.training.run_folder import CONFIG_FILE, RESULT_FILE
 
 TEMPORARY_FILES = ".*.tmp"
 
@@ -166,7 +166,7 @@ def clear_what_came_after(checkpoint: Checkpoint, metrics_path: Path) -> None:
         for path, number in numbered_files(run_dir, name).items():
             if number > n_samples:
                 path.replace(path.with_name(f"abandoned_{path.name}"))
-    (run_dir / "eval.json").unlink(missing_ok=True)
+    (run_dir / RESULT_FILE).unlink(missing_ok=True)
     for temporary in run_dir.glob(TEMPORARY_FILES):
         temporary.unlink()
     with metrics_path.open("a+b") as file:

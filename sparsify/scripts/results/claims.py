@@ -14,8 +14,8 @@ from sparsify.base_config import read_yaml
 from sparsify.evaluation.frontier import Curves, read_all, spread
 from sparsify.scripts.results.frontier import MIXES, point_of
 from sparsify.scripts.tables import markdown_table
-from sparsify.scripts.train_tlens_saes.jobs import RESULT_FILE, Job, known_runs
-from sparsify.training.run_folder import CONFIG_FILE
+from sparsify.scripts.train_tlens_saes.jobs import Job, known_runs
+from sparsify.training.run_folder import CONFIG_FILE, RESULT_FILE
 
 CE_INCREASE = 0.3
 """Where the runs of all mixes are compared."""

@@ -23,8 +23,8 @@ from sparsify.evaluation.frontier import (
 )
 from sparsify.scripts.tables import markdown_table
 from sparsify.scripts.train_tlens_saes.config import Config
-from sparsify.scripts.train_tlens_saes.jobs import RESULT_FILE, Job, known_runs
-from sparsify.training.run_folder import replace_atomically, write_text
+from sparsify.scripts.train_tlens_saes.jobs import Job, known_runs
+from sparsify.training.run_folder import RESULT_FILE, replace_atomically, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,9 +10,7 @@ from pathlib import Path
 
 from sparsify.base_config import UserError, dump_yaml, read_yaml, validate_config
 from sparsify.scripts.train_tlens_saes.config import Config
-from sparsify.training.run_folder import CONFIG_FILE
-
-RESULT_FILE = "eval.json"
+from sparsify.training.run_folder import CONFIG_FILE, RESULT_FILE
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from sparsify.training.resume import (
 from sparsify.training.resume_points import Checkpoint
 from sparsify.training.run_folder import (
     METRICS_FILE,
+    RESULT_FILE,
     check_save_dir,
     create_run_folder,
     held_run_folder,
@@ -138,7 +139,7 @@ def finish(trainer: Trainer, sink: Sink, run_dir: Path | None) -> None:
     if run_dir is None:
         return
     if evaluation is not None:
-        write_text(run_dir / "eval.json", json.dumps(evaluation.to_json(), indent=1) + "\n")
+        write_text(run_dir / RESULT_FILE, json.dumps(evaluation.to_json(), indent=1) + "\n")
     plot_training(run_dir)
     print(
         "\nLoad the result:\n\n"
