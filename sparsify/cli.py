@@ -86,14 +86,11 @@ def exit_code_of(work: Callable[[], int]) -> int:
         print(f"error: {error.filename}: cannot be written ({error.strerror})", file=sys.stderr)
         return EXIT_BAD_INPUT
     except RuntimeError as error:
-        from sparsify.training.memory import out_of_memory_reason
+        from sparsify.training.memory import out_of_memory_message
 
-        if (reason := out_of_memory_reason(error)) is None:
+        if (message := out_of_memory_message(error)) is None:
             raise
-        print(
-            f"error: device: out of memory ({reason}); use a smaller model, dictionary or batch",
-            file=sys.stderr,
-        )
+        print(f"error: {message}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt as interrupt:
         print("; ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)

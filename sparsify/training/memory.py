@@ -109,14 +109,21 @@ def explained_out_of_memory(terms: dict[str, int]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if (reason := out_of_memory_reason(error)) is None:
+        if (reason := _out_of_memory_reason(error)) is None:
             raise
         raise UserError(
             f"device: out of memory ({reason}). The {format_estimate(terms)}. Lower {remedy(terms)}"
         ) from error
 
 
-def out_of_memory_reason(error: RuntimeError) -> str | None:
+def out_of_memory_message(error: RuntimeError) -> str | None:
+    """What to lower where no estimate tells. None: the error means something else."""
+    if (reason := _out_of_memory_reason(error)) is None:
+        return None
+    return f"device: out of memory ({reason}); use a smaller model, dictionary or batch"
+
+
+def _out_of_memory_reason(error: RuntimeError) -> str | None:
     """What torch says if there was not enough memory. None: the error means something else."""
     if isinstance(error, torch.OutOfMemoryError):
         return str(error).partition(". ")[0]

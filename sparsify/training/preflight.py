@@ -22,7 +22,7 @@ from sparsify.data.config import DataConfig
 from sparsify.data.loader import TokenLoader
 from sparsify.secrets import redact_secrets
 from sparsify.training.config import TrainingConfig
-from sparsify.training.memory import n_bytes, out_of_memory_reason
+from sparsify.training.memory import n_bytes, out_of_memory_message
 from sparsify.training.resume import folder_to_write_to
 from sparsify.training.run_folder import check_save_dir, existing_parent
 
@@ -77,9 +77,9 @@ def _outcome(check: Check) -> tuple[str, str]:
     except UserError as error:
         return "✗", redact_secrets(str(error))
     except RuntimeError as error:
-        if (reason := out_of_memory_reason(error)) is None:
+        if (message := out_of_memory_message(error)) is None:
             raise
-        return "✗", f"device: out of memory ({reason}); use a smaller model, dictionary or batch"
+        return "✗", message
 
 
 def common_checks(config: TrainingConfig) -> list[Check]:
