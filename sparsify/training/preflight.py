@@ -8,7 +8,6 @@ share; to add one, write such a function and a line in a script's list.
 import netrc
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -22,6 +21,7 @@ from sparsify.data.config import DataConfig
 from sparsify.data.loader import TokenLoader
 from sparsify.secrets import redact_secrets
 from sparsify.training.config import TrainingConfig
+from sparsify.training.console import say
 from sparsify.training.memory import n_bytes, out_of_memory_message
 from sparsify.training.resume import folder_to_write_to
 from sparsify.training.run_folder import check_save_dir, existing_parent
@@ -247,8 +247,7 @@ def check_disk_at_start(
     if use.first > free:
         raise UserError(_disk_is_short(folder, "the next checkpoint", use.first, free))
     if use.whole > free:
-        message = _disk_is_short(folder, "checkpoints", use.whole, free)
-        print(f"warning: {message}", file=sys.stderr)
+        say(f"warning: {_disk_is_short(folder, 'checkpoints', use.whole, free)}")
 
 
 def _free_disk(save_dir: Path) -> int:

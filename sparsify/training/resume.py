@@ -12,6 +12,7 @@ from sparsify.config_differences import differing_settings
 from sparsify.secrets import one_line
 from sparsify.training.checkpoints import STATE_NAME, WEIGHTS_NAME, numbered_files
 from sparsify.training.config import NEWEST_RUN, TrainingConfig
+from sparsify.training.console import say
 from sparsify.training.resume_points import (
     MANIFEST_NAME,
     NUMBERED_NAME,
@@ -37,7 +38,7 @@ def checkpoint_to_go_on_from(config: TrainingConfig, kept_settings: Iterable[str
     assert config.resume is not None
     checkpoint = load_checkpoint(find_run(config.resume, config.save_dir, type(config)))
     for message in checkpoint.damaged:
-        print(f"warning: {message}; it is left out", file=sys.stderr)
+        say(f"warning: {message}; it is left out")
     check_goes_on(config, checkpoint, kept_settings)
     return checkpoint
 
@@ -171,7 +172,7 @@ def clear_what_came_after(checkpoint: Checkpoint, metrics_path: Path) -> None:
         temporary.unlink()
     with metrics_path.open("a+b") as file:
         if file.tell() < n_bytes:
-            print(f"warning: {metrics_path}: lines of it are missing", file=sys.stderr)
+            say(f"warning: {metrics_path}: lines of it are missing")
         else:
             file.truncate(n_bytes)
 

@@ -1,4 +1,5 @@
 import errno
+import io
 import json
 from pathlib import Path
 
@@ -178,3 +179,16 @@ def test_missing_lines_of_metrics_are_told(run_dir: Path, capsys: pytest.Capture
     clear_what_came_after(Checkpoint(run_dir, 8, {}, {"metrics_bytes": 99}, []), metrics)
     assert capsys.readouterr().err == f"warning: {metrics}: lines of it are missing\n"
     assert metrics.read_text() == "12345"
+
+
+def test_a_warning_that_nobody_can_read_stops_no_run(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class _ClosedTerminal(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("sys.stderr", _ClosedTerminal())
+    checkpoint = Checkpoint(run_dir, 8, {}, {"metrics_bytes": 99}, [])
+    clear_what_came_after(checkpoint, run_dir / "metrics.jsonl")
+    assert "abandoned_checkpoint_100.json" in names(run_dir)
