@@ -2,29 +2,26 @@
 
 A script lists its checks and hands them to `run_checks`. Each is a function that returns what it
 found, or raises the `UserError` that training would end with. Here are the checks that all scripts
-share; to add one, write such a function and a line in a script's list.
+share, but for those of `memory.py` and `disk.py`; to add one, write such a function and a line in a
+script's list.
 """
 
 import netrc
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-from torch import Tensor, nn
 
 from sparsify.base_config import UserError
 from sparsify.data.config import DataConfig
 from sparsify.data.loader import TokenLoader
 from sparsify.secrets import redact_secrets
 from sparsify.training.config import TrainingConfig
-from sparsify.training.console import say
-from sparsify.training.memory import n_bytes, out_of_memory_message
+from sparsify.training.memory import out_of_memory_message
 from sparsify.training.resume import folder_to_write_to
-from sparsify.training.run_folder import check_save_dir, existing_parent
+from sparsify.training.run_folder import check_save_dir
 
 MAX_COUNT_SECONDS = 20.0
 """For which the samples of data are counted."""
@@ -169,99 +166,6 @@ def check_long_enough(data: DataConfig, loader: TokenLoader, n_samples: int) -> 
     )
 
 
-@dataclass(frozen=True)
-class DiskUse:
-    """Bytes that checkpoints take.
-
-    Attributes:
-        first: Of the first one.
-        whole: Of the whole run, when it takes most. Checkpoints by the clock are not counted.
-        n_checkpoints: How many checkpoints these are.
-    """
-
-    first: int
-    whole: int
-    n_checkpoints: int
-
-
-def estimate_disk(
-    config: TrainingConfig, saved: nn.Module, trained: Iterable[Tensor], n_samples_done: int = 0
-) -> DiskUse:
-    """Bytes that the checkpoints of a run take.
-
-    Args:
-        config: How many there are, and how many keep what is needed to go on.
-        saved: What each keeps the weights of.
-        trained: Its parameters that an optimizer moves. For each, a checkpoint keeps two tensors of
-            the optimizer, and between two steps a gradient.
-        n_samples_done: Samples trained on before, in a run that goes on.
-    """
-    n_weights = n_bytes(saved.state_dict().values())
-    n_state = n_bytes(trained) * (2 if config.n_accumulation_steps == 1 else 3)
-    n_samples = config.n_batches * config.batch_size - n_samples_done
-    period = max(config.save_every_n_samples or n_samples, config.batch_size)
-    n_checkpoints = max(1, -(-n_samples // period))
-    # A new state is written before an old one is removed.
-    n_states = min(n_checkpoints, config.keep_last + 1)
-    whole = n_checkpoints * n_weights + n_states * n_state
-    return DiskUse(n_weights + n_state, whole, n_checkpoints)
-
-
-def check_disk(
-    config: TrainingConfig, saved: nn.Module, trained: Iterable[Tensor], n_samples_done: int
-) -> str:
-    """See that the disk has room for all checkpoints of a run. For arguments see `estimate_disk`.
-
-    Raises:
-        UserError: It has not.
-    """
-    if (folder := folder_to_write_to(config)) is None:
-        return "save_dir is null: the run writes no files"
-    use = estimate_disk(config, saved, trained, n_samples_done)
-    free = _free_disk(folder)
-    if use.whole > free:
-        raise UserError(_disk_is_short(folder, "checkpoints", use.whole, free))
-    clock = ""
-    if config.save_every_minutes is not None:
-        clock = f", not counting those of every {config.save_every_minutes:g} minutes"
-    return (
-        f"{use.n_checkpoints} checkpoint{'s' * (use.n_checkpoints > 1)} of {_mb(use.whole)} in "
-        f"all{clock}; {_mb(free)} free"
-    )
-
-
-def check_disk_at_start(
-    config: TrainingConfig, saved: nn.Module, trained: Iterable[Tensor], n_samples_done: int = 0
-) -> None:
-    """See that the disk has room for a checkpoint, and warn if it has not for all of the run.
-
-    For arguments see `estimate_disk`.
-
-    Raises:
-        UserError: The first one would not fit.
-    """
-    if (folder := folder_to_write_to(config)) is None:
-        return
-    use = estimate_disk(config, saved, trained, n_samples_done)
-    free = _free_disk(folder)
-    if use.first > free:
-        raise UserError(_disk_is_short(folder, "the next checkpoint", use.first, free))
-    if use.whole > free:
-        say(f"warning: {_disk_is_short(folder, 'checkpoints', use.whole, free)}")
-
-
-def _free_disk(save_dir: Path) -> int:
-    return shutil.disk_usage(existing_parent(save_dir)).free
-
-
-def _disk_is_short(save_dir: Path, what: str, size: int, free: int) -> str:
-    return (
-        f"save_dir: {what} of the run would take about {_mb(size)}, but the disk of "
-        f"'{save_dir}' has {_mb(free)} free; make room, choose another save_dir, or raise "
-        "save_every_n_samples"
-    )
-
-
 def time_steps(step: Callable[[], float], config: TrainingConfig, n_samples_done: int) -> str:
     """Take two steps, of which the first is slower, and say what the second means for the run.
 
@@ -290,7 +194,3 @@ def _duration(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.0f} s"
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:,.0f} MB"

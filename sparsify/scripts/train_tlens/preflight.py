@@ -11,11 +11,11 @@ from sparsify.scripts.train_tlens.train import (
     next_token_loss,
     open_data,
 )
+from sparsify.training.disk import check_disk
 from sparsify.training.finite import check_loss
 from sparsify.training.memory import check_memory, n_bytes
 from sparsify.training.preflight import (
     Check,
-    check_disk,
     check_long_enough,
     common_checks,
     run_checks,

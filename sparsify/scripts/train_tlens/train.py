@@ -24,10 +24,10 @@ from sparsify.scripts.train_tlens.config import Config
 from sparsify.scripts.train_tlens.evaluation import TextLoss, bytes_per_token, text_loss
 from sparsify.scripts.train_tlens.trigram import TrigramModel
 from sparsify.training.cadence import Cadence
+from sparsify.training.disk import check_disk_at_start
 from sparsify.training.finite import check_gradient, check_loss, check_weights
 from sparsify.training.interrupt import held_interrupt, interrupt_says
 from sparsify.training.optimizers import build_muon
-from sparsify.training.preflight import check_disk_at_start
 from sparsify.training.random_state import get_random_state, set_random_state, set_seed
 from sparsify.training.resume import (
     checkpoint_to_go_on_from,

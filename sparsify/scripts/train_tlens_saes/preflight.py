@@ -17,12 +17,12 @@ from sparsify.scripts.train_tlens_saes.parts import (
 from sparsify.scripts.train_tlens_saes.train import find_checkpoint
 from sparsify.scripts.train_tlens_saes.trainer import Trainer
 from sparsify.training.compilation import compile_kernels
+from sparsify.training.disk import check_disk
 from sparsify.training.finite import check_loss
 from sparsify.training.memory import check_memory, estimate_memory, explained_out_of_memory, remedy
 from sparsify.training.precision import set_precision
 from sparsify.training.preflight import (
     Check,
-    check_disk,
     check_long_enough,
     common_checks,
     run_checks,

@@ -13,13 +13,13 @@ from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.scripts.train_tlens_saes.parts import open_parts
 from sparsify.scripts.train_tlens_saes.trainer import Trainer
 from sparsify.training.checkpoints import load_metadata, weights_path
+from sparsify.training.disk import check_disk_at_start
 from sparsify.training.interrupt import held_interrupt, interrupt_says
 from sparsify.training.memory import (
     explained_out_of_memory,
     format_estimate,
 )
 from sparsify.training.plots import plot_training
-from sparsify.training.preflight import check_disk_at_start
 from sparsify.training.resume import (
     checkpoint_to_go_on_from,
     clear_what_came_after,
