@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import sparsify.scripts.train_tlens_saes as scripts
 from sparsify.base_config import UserError, dump_yaml, load_config, read_yaml, validate_config
 from sparsify.scripts.train_tlens_saes.config import Config
-from sparsify.training.checkpoints import load_metadata, load_state, load_weights, save_weights
+from sparsify.training.checkpoints import load_metadata, load_state, load_weights
 from sparsify.training.resume_points import load_checkpoint, save_checkpoint
 
 RECIPE = (Path(scripts.__path__[0]) / "tiny_python_e2e.yaml").read_bytes()
@@ -87,8 +87,8 @@ def whole(folder: Path) -> Path:
     """A run folder with one checkpoint."""
     run_dir = folder / "whole"
     run_dir.mkdir()
-    save_weights(run_dir, {"a.weight": torch.ones(4, 3), "a.bias": torch.zeros(4)}, 8, {"m": "x"})
-    save_checkpoint(run_dir, 8, plain_state(), keep_last=1)
+    weights = {"a.weight": torch.ones(4, 3), "a.bias": torch.zeros(4)}
+    save_checkpoint(run_dir, 8, weights, plain_state(), keep_last=1, metadata={"m": "x"})
     return run_dir
 
 

@@ -23,6 +23,7 @@ from sparsify.training.checkpoints import (
     load_weights,
     numbered_files,
     save_state,
+    save_weights,
     state_path,
     weights_path,
 )
@@ -45,22 +46,32 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    run_dir: Path, n_samples: int, state: Mapping[str, Any], keep_last: int
-) -> None:
-    """Make a point to go on from of the weights after `n_samples`, which have been written.
+    run_dir: Path,
+    n_samples: int,
+    weights: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    *,
+    keep_last: int,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write the files of a point to go on from, and return the path of its weights.
 
     Points beyond the last `keep_last` lose their state. Their weights stay.
 
     Args:
         run_dir: Folder of the run.
         n_samples: Samples trained on so far.
+        weights: A state dict. No two entries may share memory.
         state: Tensors, numbers and strings in dictionaries, lists and tuples.
         keep_last: How many points to keep.
+        metadata: What the weights belong to, kept in their file's header. None: no metadata.
 
     Raises:
+        OSError: A file cannot be written.
         TypeError: `state` holds an object that could not be loaded again without pickled code.
     """
-    files = (weights_path(run_dir, n_samples), save_state(run_dir, n_samples, state))
+    weights_file = save_weights(run_dir, weights, n_samples, metadata)
+    files = (weights_file, save_state(run_dir, n_samples, state))
     content = {"n_samples": n_samples, "sha256": {file.name: _checksum(file) for file in files}}
     write_text(_manifest_path(run_dir, n_samples), json.dumps(content, indent=1) + "\n")
     kept = sorted(numbered_files(run_dir, MANIFEST_NAME).values())[-keep_last:]
@@ -71,6 +82,7 @@ def save_checkpoint(
     for state_file, number in numbered_files(run_dir, STATE_NAME).items():
         if number not in kept:
             state_file.unlink()
+    return weights_file
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

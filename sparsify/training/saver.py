@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from sparsify.base_config import UserError
-from sparsify.training.checkpoints import numbered_files, save_weights
+from sparsify.training.checkpoints import numbered_files
 from sparsify.training.console import say
 from sparsify.training.resume import resume_line
 from sparsify.training.resume_points import MANIFEST_NAME, save_checkpoint
@@ -122,8 +122,14 @@ class CheckpointSaver:
     ) -> None:
         try:
             try:
-                path = save_weights(run_dir, weights, n_samples, self.metadata)
-                save_checkpoint(run_dir, n_samples, state, self.keep_last)
+                path = save_checkpoint(
+                    run_dir,
+                    n_samples,
+                    weights,
+                    state,
+                    keep_last=self.keep_last,
+                    metadata=self.metadata,
+                )
             except OSError as error:
                 self._fail(error)
             else:

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from sparsify.base_config import UserError
-from sparsify.training.checkpoints import save_weights
 from sparsify.training.resume import clear_what_came_after
 from sparsify.training.resume_points import Checkpoint, load_checkpoint, save_checkpoint
 
@@ -15,8 +14,8 @@ pytestmark = pytest.mark.fault
 
 
 def save(run_dir: Path, n_samples: int, keep_last: int = 2) -> None:
-    save_weights(run_dir, {"w": torch.full((1000,), float(n_samples))}, n_samples)
-    save_checkpoint(run_dir, n_samples, {"n": n_samples}, keep_last)
+    weights = {"w": torch.full((1000,), float(n_samples))}
+    save_checkpoint(run_dir, n_samples, weights, {"n": n_samples}, keep_last=keep_last)
 
 
 def names(run_dir: Path) -> set[str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,9 +52,9 @@ def test_what_is_written_is_a_copy_and_nobody_waits_for_it(
 ):
     may_write = threading.Event()
 
-    def wait_and_save(*args: object) -> None:
+    def wait_and_save(*args: Any, **kwargs: Any) -> Path:
         assert may_write.wait(10)
-        save_checkpoint(*args)  # pyright: ignore[reportArgumentType]
+        return save_checkpoint(*args, **kwargs)
 
     monkeypatch.setattr(saver_module, "save_checkpoint", wait_and_save)
     sink, weights = _SavedSink(), {"w": torch.ones(3)}
