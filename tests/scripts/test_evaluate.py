@@ -122,10 +122,10 @@ def test_ctrl_c_leaves_what_is_done_and_no_half_of_a_file(
     other = Path(shutil.copytree(run_dir, tmp_path / "other"))
     evaluate_checkpoint = evaluate_runs.evaluate_checkpoint
 
-    def stop_at_other(checkpoint: evaluate_runs.Checkpoint) -> Any:
-        if checkpoint.path.parent == other:
+    def stop_at_other(target: evaluate_runs.EvaluationTarget) -> Any:
+        if target.path.parent == other:
             raise KeyboardInterrupt
-        return evaluate_checkpoint(checkpoint)
+        return evaluate_checkpoint(target)
 
     monkeypatch.setattr(evaluate_runs, "evaluate_checkpoint", stop_at_other)
     before = {path.name for path in other.iterdir()}

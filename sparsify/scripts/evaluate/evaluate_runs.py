@@ -27,7 +27,7 @@ Pair = tuple[int, int, str]
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class EvaluationTarget:
     """One checkpoint of a run, and where its evaluation goes."""
 
     path: Path
@@ -45,23 +45,23 @@ def evaluate_runs(runs: Sequence[SavedRun], compare_to: Path | None) -> None:
     Raises:
         UserError: A run has no checkpoint, or no two can be compared. Nothing has been done then.
     """
-    checkpoints = [find_checkpoint(run) for run in runs]
-    pairs = [] if compare_to is None else comparable_pairs(checkpoints)
+    targets = [find_target(run) for run in runs]
+    pairs = [] if compare_to is None else comparable_pairs(targets)
     dictionaries: list[dict[str, Tensor]] = []
-    for checkpoint in checkpoints:
-        print(f"{checkpoint.path}\n", flush=True)
-        suite, elements = evaluate_checkpoint(checkpoint)
+    for target in targets:
+        print(f"{target.path}\n", flush=True)
+        suite, elements = evaluate_checkpoint(target)
         dictionaries.append(elements)
         print(format_suite(suite))
-        content = {"checkpoint": checkpoint.path.name} | suite.to_json()
-        write_text(checkpoint.result, json.dumps(content, indent=1) + "\n")
-        print(f"\nwritten to {checkpoint.result}\n", flush=True)
+        content = {"checkpoint": target.path.name} | suite.to_json()
+        write_text(target.result, json.dumps(content, indent=1) + "\n")
+        print(f"\nwritten to {target.result}\n", flush=True)
     if compare_to is not None:
-        compare(checkpoints, dictionaries, pairs, compare_to)
+        compare(targets, dictionaries, pairs, compare_to)
 
 
-def find_checkpoint(run: SavedRun) -> Checkpoint:
-    """The checkpoint that is meant.
+def find_target(run: SavedRun) -> EvaluationTarget:
+    """The checkpoint that is meant, and where its evaluation goes.
 
     Raises:
         UserError: There is none.
@@ -71,28 +71,28 @@ def find_checkpoint(run: SavedRun) -> Checkpoint:
     if match is None:
         raise UserError(f"{path}: is no checkpoint; give a samples_{{N}}.safetensors of the run")
     name = "evaluation.json" if run.path.is_dir() else f"evaluation_{match[1]}.json"
-    return Checkpoint(path, run.config, path.parent / name)
+    return EvaluationTarget(path, run.config, path.parent / name)
 
 
-def comparable_pairs(checkpoints: Sequence[Checkpoint]) -> list[Pair]:
+def comparable_pairs(targets: Sequence[EvaluationTarget]) -> list[Pair]:
     """The pairs of dictionaries of the same hook point.
 
     Raises:
         UserError: There is none, or the SAEs are not all of one model.
     """
     positions: list[list[str]] = []
-    first = identity(checkpoints[0])
-    for checkpoint in checkpoints:
-        if identity(checkpoint) != first:
+    first = identity(targets[0])
+    for target in targets:
+        if identity(target) != first:
             raise UserError(
-                f"--compare: {checkpoint.path} is of the model {identity(checkpoint)}, and "
-                f"{checkpoints[0].path} of {first}; compare SAEs of one model"
+                f"--compare: {target.path} is of the model {identity(target)}, and "
+                f"{targets[0].path} of {first}; compare SAEs of one model"
             )
-        keys = dict.fromkeys(name.split(".")[0] for name in load_weights(checkpoint.path))
+        keys = dict.fromkeys(name.split(".")[0] for name in load_weights(target.path))
         positions.append([key.replace("-", ".") for key in keys])
     pairs = [
         (a, b, position)
-        for a, b in combinations(range(len(checkpoints)), 2)
+        for a, b in combinations(range(len(targets)), 2)
         for position in positions[a]
         if position in positions[b]
     ]
@@ -104,16 +104,16 @@ def comparable_pairs(checkpoints: Sequence[Checkpoint]) -> list[Pair]:
     return pairs
 
 
-def identity(checkpoint: Checkpoint) -> tuple[str, str]:
+def identity(target: EvaluationTarget) -> tuple[str, str]:
     """Which model a checkpoint's SAEs belong to, and how its weights were processed."""
-    found = model_identity(checkpoint.config)
+    found = model_identity(target.config)
     return found["tlens_model"], found["tlens_model_processing"]
 
 
-def evaluate_checkpoint(checkpoint: Checkpoint) -> tuple[Suite, dict[str, Tensor]]:
+def evaluate_checkpoint(target: EvaluationTarget) -> tuple[Suite, dict[str, Tensor]]:
     """All that is measured, and the alive elements of each dictionary."""
-    config = checkpoint.config
-    model = SAETransformer.from_local_path(checkpoint.path, resolve_device(config.device))
+    config = target.config
+    model = SAETransformer.from_local_path(target.path, resolve_device(config.device))
     batches = load_eval_batches(config, model.tlens_model)
     suite = evaluate_suite(model, batches, kept=kept_tokens(config, model.tlens_model))
     elements = {
@@ -124,7 +124,7 @@ def evaluate_checkpoint(checkpoint: Checkpoint) -> tuple[Suite, dict[str, Tensor
 
 
 def compare(
-    checkpoints: Sequence[Checkpoint],
+    targets: Sequence[EvaluationTarget],
     dictionaries: Sequence[dict[str, Tensor]],
     pairs: Sequence[Pair],
     path: Path,
@@ -134,7 +134,7 @@ def compare(
         (a, b, position): compare_dictionaries(dictionaries[a][position], dictionaries[b][position])
         for a, b, position in pairs
     }
-    names = [str(checkpoint.path) for checkpoint in checkpoints]
+    names = [str(target.path) for target in targets]
     print(format_similarities(names, similarities))
     content = [
         {"a": names[a], "b": names[b], "position": position} | similarity.to_json()
