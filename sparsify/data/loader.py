@@ -179,7 +179,9 @@ def _leave_signals_to_the_main_process(worker: int) -> None:
 
 
 def _end_if_the_main_process_says_so() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+    main = os.getppid()
+    # Once that is gone, anybody may end the worker.
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main and os.getppid() == main:
         pass
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     os.kill(os.getpid(), signal.SIGTERM)
