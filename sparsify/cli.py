@@ -25,6 +25,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 COMMANDS = {
     "benchmark": "sparsify.scripts.benchmark.run_benchmark",
     "evaluate": "sparsify.scripts.evaluate.run_evaluate",
+    "frontier": "sparsify.scripts.results.run_frontier",
     "sweep": "sparsify.scripts.train_tlens_saes.run_sweep",
     "train-saes": "sparsify.scripts.train_tlens_saes.run_train_tlens_saes",
     "train-lm": "sparsify.scripts.train_tlens.run_train_tlens",

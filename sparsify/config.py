@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import BeforeValidator, Discriminator, Tag, field_validator, model_validator
 
 from sparsify.base_config import TAG_MARK, BaseConfig, Name, listed, nearest
+from sparsify.hook_names import HookNames
 from sparsify.saes.config import (
     BatchTopKSAEConfig,
     CodebookSAEConfig,
@@ -22,22 +23,13 @@ from sparsify.saes.config import (
 class SAEPlacement(BaseConfig):
     """Where SAEs sit, and what they start from."""
 
-    sae_positions: Annotated[list[str], BeforeValidator(listed)]
+    sae_positions: HookNames
     """Hook points: full names, or runs of their dotted parts (`hook_resid_pre` is that of every
     block, `blocks.1` never means block 10). A transcoder writes there."""
     pretrained_sae_paths: Annotated[list[Path] | None, BeforeValidator(listed)] = None
     """Checkpoints whose SAEs to start from. null: all SAEs are new."""
     retrain_saes: bool = False
     """Whether SAEs from pretrained_sae_paths are trained on. If not, they stay as they are."""
-
-    @field_validator("sae_positions")
-    @classmethod
-    def _positions_are_distinct(cls, positions: list[str]) -> list[str]:
-        if not positions:
-            raise ValueError("names no hook point; give at least one")
-        if repeated := sorted({name for name in positions if positions.count(name) > 1}):
-            raise ValueError(f"{', '.join(map(repr, repeated))} is repeated; name it once")
-        return positions
 
     @model_validator(mode="after")
     def _retraining_has_something_to_retrain(self) -> Self:

@@ -5,12 +5,27 @@
 
 import re
 from collections.abc import Collection, Iterable
+from typing import Annotated
 
-from sparsify.base_config import UserError, nearest
+from pydantic import AfterValidator, BeforeValidator
+
+from sparsify.base_config import UserError, listed, nearest
 
 # The bridge's own names for the ends of a block are `hook_in` and `hook_out`.
 BLOCK_START = ("hook_resid_pre", "hook_in")
 BLOCK_END = ("hook_resid_post", "hook_out")
+
+
+def _each_once(names: list[str]) -> list[str]:
+    if not names:
+        raise ValueError("names no hook point; give at least one")
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{', '.join(map(repr, repeated))} is repeated; name it once")
+    return names
+
+
+HookNames = Annotated[list[str], BeforeValidator(listed), AfterValidator(_each_once)]
+"""What a setting takes: at least one name, each once; a single one may stand without a list."""
 
 
 def check_hook_names(names: Iterable[str], known: Collection[str], setting: str) -> None:

@@ -11,9 +11,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
-from sparsify.base_config import BaseConfig, listed
+from sparsify.base_config import BaseConfig
+from sparsify.hook_names import HookNames
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -140,7 +141,7 @@ class InToOrigLoss(LossTerm):
     At a position that has an SAE, the spliced activation is that in whose place the SAE writes.
     """
 
-    hook_positions: Annotated[list[str], BeforeValidator(listed)]
+    hook_positions: HookNames
     """Full names of the hook points to compare, or a single one."""
 
     total_coeff: Coeff
@@ -149,16 +150,6 @@ class InToOrigLoss(LossTerm):
     normalised: bool = False
     """Whether each error is divided by the variance of the raw activation at its position, so that
     those of later blocks, which are larger, do not outweigh the others."""
-
-    @field_validator("hook_positions")
-    @classmethod
-    def _positions_are_distinct(cls, positions: list[str]) -> list[str]:
-        if not positions:
-            raise ValueError("names no hook point; name at least one, or set in_to_orig to null")
-        repeated = sorted({name for name in positions if positions.count(name) > 1})
-        if repeated:
-            raise ValueError(f"{', '.join(map(repr, repeated))} is repeated; name it once")
-        return positions
 
     @property
     def position_coeff(self) -> float:

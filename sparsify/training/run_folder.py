@@ -12,6 +12,7 @@ from sparsify.base_config import BaseConfig, UserError, dump_yaml
 CONFIG_FILE = "final_config.yaml"
 METRICS_FILE = "metrics.jsonl"
 RESULT_FILE = "eval.json"
+EVALUATION_FILE = "evaluation.json"
 LOCK_FILE = ".lock"
 MAX_RUN_NAME_BYTES = 200  # of the 255 of most file systems; date and time come behind it
 

@@ -20,7 +20,7 @@ from sparsify.scripts.evaluate.run_evaluate import SavedRun
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.scripts.train_tlens_saes.parts import kept_tokens, load_eval_batches
 from sparsify.training.checkpoints import WEIGHTS_NAME, checkpoint_at, load_weights
-from sparsify.training.run_folder import write_text
+from sparsify.training.run_folder import EVALUATION_FILE, write_text
 
 Pair = tuple[int, int, str]
 """Places of two runs in the list of all, and a hook point where both have an SAE."""
@@ -70,7 +70,7 @@ def find_target(run: SavedRun) -> EvaluationTarget:
     match = WEIGHTS_NAME.fullmatch(path.name)
     if match is None:
         raise UserError(f"{path}: is no checkpoint; give a samples_{{N}}.safetensors of the run")
-    name = "evaluation.json" if run.path.is_dir() else f"evaluation_{match[1]}.json"
+    name = EVALUATION_FILE if run.path.is_dir() else f"evaluation_{match[1]}.json"
     return EvaluationTarget(path, run.config, path.parent / name)
 
 

@@ -15,7 +15,7 @@ from sparsify.evaluation.frontier import Curves, read_all, spread
 from sparsify.scripts.results.frontier import MIXES, point_of
 from sparsify.scripts.tables import markdown_table
 from sparsify.scripts.train_tlens_saes.jobs import Job, known_runs
-from sparsify.training.run_folder import CONFIG_FILE, RESULT_FILE
+from sparsify.training.run_folder import CONFIG_FILE, EVALUATION_FILE, RESULT_FILE
 
 CE_INCREASE = 0.3
 """Where the runs of all mixes are compared."""
@@ -23,7 +23,6 @@ CE_INCREASE = 0.3
 FINETUNE_SEED = 100
 """Added to the seed of a finetune, so that it does not begin with the batches of its start."""
 
-EVALUATION_FILE = "evaluation.json"
 Chosen = dict[str, list[Path]]
 """Run folders by mix, in the order of their seeds."""
 
