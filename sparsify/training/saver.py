@@ -15,7 +15,7 @@ from sparsify.training.console import say
 from sparsify.training.resume import resume_line
 from sparsify.training.resume_points import MANIFEST_NAME, save_checkpoint
 from sparsify.training.run_folder import METRICS_FILE
-from sparsify.training.sinks import Sink
+from sparsify.training.sink import Sink
 
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds before each new try to write the last checkpoint of a run."""

@@ -9,55 +9,16 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 from sparsify.training.config import TrainingConfig
 from sparsify.training.console import say
 from sparsify.training.run_folder import METRICS_FILE
+from sparsify.training.sink import Sink
 from sparsify.training.terminal_sink import TerminalSink
 from sparsify.training.wandb_sink import WandbSink
 
 
-@runtime_checkable
-class Sink(Protocol):
-    """Takes what happens in a run."""
-
-    def log(self, metrics: Mapping[str, float], n_samples: int) -> None:
-        """Take numbers measured after `n_samples` training samples."""
-
-    def console(self, text: str) -> None:
-        """Take a text for whoever watches."""
-
-    def flush(self) -> None:
-        """Have on disk what was logged. Raises an `OSError` if that fails."""
-
-    def saved(self, path: Path) -> None:
-        """Take note of weights that have been written, in another thread than the rest."""
-
-    def close(self, *, has_failed: bool = False) -> None:
-        """Finish. Nothing is reported afterwards."""
-
-
-class NullSink:
-    """Takes everything and does nothing. Other sinks override what concerns them."""
-
-    def log(self, metrics: Mapping[str, float], n_samples: int) -> None:
-        """Do nothing."""
-
-    def console(self, text: str) -> None:
-        """Do nothing."""
-
-    def flush(self) -> None:
-        """Do nothing."""
-
-    def saved(self, path: Path) -> None:
-        """Do nothing."""
-
-    def close(self, *, has_failed: bool = False) -> None:
-        """Do nothing."""
-
-
-class CompositeSink:
+class CompositeSink(Sink):
     """Hands everything to several sinks, in their order."""
 
     def __init__(self, *sinks: Sink) -> None:
@@ -89,7 +50,7 @@ class CompositeSink:
             sink.close(has_failed=has_failed)
 
 
-class RunFolderSink(NullSink):
+class RunFolderSink(Sink):
     """Writes `metrics.jsonl`.
 
     A line is one JSON object: `n_samples` and the metrics. A number that is not finite, which JSON

@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from sparsify.training.console import say
+from sparsify.training.sink import Sink
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -24,7 +25,7 @@ WATCHED = {
 }
 
 
-class TerminalSink:
+class TerminalSink(Sink):
     """A progress bar where stderr is a terminal; elsewhere a line at most every ten seconds.
 
     Args:
@@ -69,9 +70,6 @@ class TerminalSink:
     def console(self, text: str) -> None:
         """Print, above the progress bar if there is one."""
         say(text)
-
-    def flush(self) -> None:
-        """Do nothing: it has been shown."""
 
     def saved(self, path: Path) -> None:
         """Say so."""

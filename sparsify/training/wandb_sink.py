@@ -17,6 +17,7 @@ from sparsify.secrets import REDACTED, one_line, secrets_of_environment
 from sparsify.training.config import TrainingConfig
 from sparsify.training.console import say
 from sparsify.training.run_folder import CONFIG_FILE
+from sparsify.training.sink import Sink
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -35,12 +36,13 @@ _NO_ANSWER = re.compile(
 )
 
 
-class WandbSink:
+class WandbSink(Sink):
     """A run of Weights & Biases, its steps counted in samples.
 
     The account is read from the environment, to which scripts add what `.env` says:
     `WANDB_API_KEY`, `WANDB_ENTITY`; `WANDB_MODE=offline` keeps the run on disk. So does a service
-    that cannot be reached. After an error of wandb the sink does nothing.
+    that cannot be reached. Texts for the console are not sent: wandb itself copies what the
+    terminal shows. After an error of wandb the sink does nothing.
 
     Args:
         config: What the run was started with; `wandb_project` is set.
@@ -69,12 +71,6 @@ class WandbSink:
     def log(self, metrics: Mapping[str, float], n_samples: int) -> None:
         """Send numbers."""
         self._attempt(lambda run: run.log(dict(metrics), step=n_samples))
-
-    def console(self, text: str) -> None:
-        """Do nothing: wandb itself copies what the terminal shows."""
-
-    def flush(self) -> None:
-        """Do nothing: what wandb keeps, it sends or writes when it likes."""
 
     def saved(self, path: Path) -> None:
         """Upload weights of the run folder."""

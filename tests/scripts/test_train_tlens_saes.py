@@ -19,7 +19,7 @@ from sparsify.losses import total_loss
 from sparsify.scripts.train_tlens_saes import train, trainer
 from sparsify.scripts.train_tlens_saes.run_train_tlens_saes import main
 from sparsify.training import sinks
-from sparsify.training.sinks import Sink
+from sparsify.training.sink import Sink
 
 from .conftest import write_yaml
 

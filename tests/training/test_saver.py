@@ -15,14 +15,15 @@ from sparsify.base_config import UserError
 from sparsify.training import saver as saver_module
 from sparsify.training.resume_points import load_checkpoint, save_checkpoint
 from sparsify.training.saver import CheckpointSaver
-from sparsify.training.sinks import NullSink, RunFolderSink
+from sparsify.training.sink import Sink
+from sparsify.training.sinks import RunFolderSink
 
 pytestmark = pytest.mark.fault
 
 WEIGHTS = {"w": torch.ones(1000)}
 
 
-class _SavedSink(NullSink):
+class _SavedSink(Sink):
     def __init__(self) -> None:
         self.paths: list[str] = []
 
@@ -94,7 +95,7 @@ def test_without_a_folder_nothing_is_saved(run_dir: Path):
 def test_a_full_disk_is_a_warning_and_costs_no_checkpoint(
     run_dir: Path, capsys: pytest.CaptureFixture[str]
 ):
-    with CheckpointSaver(run_dir, 2, NullSink()) as saver:
+    with CheckpointSaver(run_dir, 2, Sink()) as saver:
         saver.save(8, WEIGHTS, {})
         saver._wait()
         before = {path.name for path in run_dir.iterdir()}
@@ -115,7 +116,7 @@ def test_a_full_disk_is_a_warning_and_costs_no_checkpoint(
 def test_the_last_checkpoint_is_tried_again_until_there_is_room(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    with file_size_limit(2000), CheckpointSaver(run_dir, 2, NullSink()) as saver:
+    with file_size_limit(2000), CheckpointSaver(run_dir, 2, Sink()) as saver:
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         monkeypatch.setattr(
             "time.sleep",
@@ -130,19 +131,19 @@ def test_a_run_that_cannot_be_saved_at_its_end_is_an_error(
     start: int, way_on: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("time.sleep", lambda _: None)
-    with CheckpointSaver(run_dir, 2, NullSink()) as saver:
+    with CheckpointSaver(run_dir, 2, Sink()) as saver:
         saver.save(start, WEIGHTS, {})
     message = rf"^save_dir: the last steps could not be saved in '{run_dir}' \(File too large\); .*"
     with (
         file_size_limit(2000),
-        CheckpointSaver(run_dir, 2, NullSink(), start=start) as saver,
+        CheckpointSaver(run_dir, 2, Sink(), start=start) as saver,
         pytest.raises(UserError, match=f"{message}then {way_on}"),
     ):
         saver.finish(partial(saver.save, 16, WEIGHTS, {}))
 
 
 def test_a_mistake_of_the_program_is_not_taken_for_a_full_disk(run_dir: Path):
-    with CheckpointSaver(run_dir, 2, NullSink()) as saver:
+    with CheckpointSaver(run_dir, 2, Sink()) as saver:
         with pytest.raises(TypeError, match="could not be loaded again"):
             saver.finish(partial(saver.save, 8, WEIGHTS, {"thread": Path("a")}))
         saver._bug = None
@@ -198,14 +199,14 @@ def test_a_log_on_the_full_disk_does_not_hide_the_failure(
     monkeypatch.setattr("time.sleep", lambda _: None)
     with (
         file_size_limit(2000),
-        CheckpointSaver(run_dir, 2, NullSink()) as saver,
+        CheckpointSaver(run_dir, 2, Sink()) as saver,
         pytest.raises(UserError, match="could not be saved"),
     ):
         saver.finish(partial(saver.save, 8, WEIGHTS, {}))
 
 
 def test_a_sink_that_fails_is_not_taken_for_a_full_disk(run_dir: Path):
-    class _BrokenSink(NullSink):
+    class _BrokenSink(Sink):
         def saved(self, path: Path) -> None:
             raise BrokenPipeError
 

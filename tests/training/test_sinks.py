@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 
 from sparsify.training.config import TrainingConfig
-from sparsify.training.sinks import CompositeSink, NullSink, RunFolderSink, open_sinks
+from sparsify.training.sink import Sink
+from sparsify.training.sinks import CompositeSink, RunFolderSink, open_sinks
 from sparsify.training.terminal_sink import TerminalSink, watched_metrics
 
 CONFIG = TrainingConfig(n_samples=1000, batch_size=10, lr=1e-3, wandb_project="sparsify-test")
 
 
-class _RecordingSink(NullSink):
+class _RecordingSink(Sink):
     def __init__(self) -> None:
         self.calls: list[Any] = []
 

@@ -15,7 +15,8 @@ from sparsify.base_config import UserError
 from sparsify.training.config import TrainingConfig
 from sparsify.training.run_folder import write_config
 from sparsify.training.saver import CheckpointSaver
-from sparsify.training.sinks import Sink, open_sinks
+from sparsify.training.sink import Sink
+from sparsify.training.sinks import open_sinks
 from sparsify.training.wandb_sink import WandbSink
 
 CONFIG = TrainingConfig(n_samples=1000, batch_size=10, lr=1e-3, wandb_project="sparsify-test")

@@ -46,7 +46,8 @@ from sparsify.training.run_folder import (
 )
 from sparsify.training.saver import CheckpointSaver
 from sparsify.training.schedules import build_lr_schedulers
-from sparsify.training.sinks import Sink, open_sinks, report_early_end
+from sparsify.training.sink import Sink
+from sparsify.training.sinks import open_sinks, report_early_end
 from sparsify.training.steps import GradientStepper
 
 MODEL_FOLDER = "model"

@@ -38,7 +38,8 @@ from sparsify.training.run_folder import (
     write_text,
 )
 from sparsify.training.saver import CheckpointSaver
-from sparsify.training.sinks import Sink, open_sinks, report_early_end
+from sparsify.training.sink import Sink
+from sparsify.training.sinks import open_sinks, report_early_end
 
 KEPT_SETTINGS = (
     "tlens_model_name",

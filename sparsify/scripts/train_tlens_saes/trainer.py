@@ -28,7 +28,7 @@ from sparsify.training.random_state import get_random_state, set_random_state
 from sparsify.training.resume_points import Checkpoint
 from sparsify.training.saver import CheckpointSaver
 from sparsify.training.schedules import build_lr_schedulers
-from sparsify.training.sinks import Sink
+from sparsify.training.sink import Sink
 from sparsify.training.steps import GradientStepper
 
 

@@ -1,0 +1,23 @@
+"""What a run reports to."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+
+class Sink:
+    """Takes what happens in a run, and does nothing. Others override what concerns them."""
+
+    def log(self, metrics: Mapping[str, float], n_samples: int) -> None:
+        """Take numbers measured after `n_samples` training samples."""
+
+    def console(self, text: str) -> None:
+        """Take a text for whoever watches."""
+
+    def flush(self) -> None:
+        """Have on disk what was logged. Raises an `OSError` if that fails."""
+
+    def saved(self, path: Path) -> None:
+        """Take note of weights that have been written, in another thread than the rest."""
+
+    def close(self, *, has_failed: bool = False) -> None:
+        """Finish. Nothing is reported afterwards."""
