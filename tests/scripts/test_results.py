@@ -41,6 +41,7 @@ def test_frontier_rows_hold_the_mean_l0_at_equal_ce_increase():
         "at_ce_increase": 0.3,
         "l0_local": pytest.approx(60),
         "l0_e2e": pytest.approx(30),
+        "l0_e2e_local": None,
         "l0_e2e_downstream": None,
         "n_seeds": 2,
     }
@@ -106,6 +107,7 @@ def sweeps(sae_settings: dict[str, Any], tmp_path: Path) -> Path:
     mixes = {
         "local": {"sparsity": sparsity, "out_to_in": kl},
         "e2e": {"sparsity": sparsity, "logits_kl": kl},
+        "e2e_local": {"sparsity": sparsity, "logits_kl": kl, "out_to_in": kl},
         "e2e_downstream": {"sparsity": sparsity, "logits_kl": kl, "in_to_orig": later},
     }
     for name, loss in mixes.items():
@@ -143,7 +145,7 @@ def test_the_page_of_results_is_made_of_runs(
     capsys.readouterr()
     assert run_results.main([]) == 0
     said = capsys.readouterr().out
-    assert said.count(": done before, in ") == 11  # all but the one that finetunes
+    assert said.count(": done before, in ") == 13  # all but the one that finetunes
     assert said.count("finetune saes.k=2 seed=100: ") == 2  # it begins, and it is done
 
     text = page.read_text()
@@ -152,24 +154,24 @@ def test_the_page_of_results_is_made_of_runs(
         for name in ("frontier", "same ce", "downstream", "geometry", "finetune")
     }
     assert [line.split(" | ")[0] for line in sections["same ce"][2:]] == [
-        "| local", "| e2e", "| e2e-downstream",
+        "| local", "| e2e", "| e2e-local", "| e2e-downstream",
     ]  # fmt: skip
     assert sections["downstream"][0] == f"| mix | {LATER} | blocks.2.hook_resid_post |"
-    assert len(sections["geometry"]) == 2 + 3 + 3
+    assert len(sections["geometry"]) == 2 + 4 + 6
     assert [line.split(" | ")[-1] for line in sections["geometry"][2:]] == [
-        *3 * ["1 |"], *3 * ["4 |"],
+        *4 * ["1 |"], *6 * ["4 |"],
     ]  # fmt: skip
     assert [line.split(" | ")[0] for line in sections["finetune"][2:]] == ["| 2"]
-    assert sections["frontier"][0] == "8 of 8 runs."
+    assert sections["frontier"][0] == "10 of 10 runs."
     found = json.loads((sweeps / "frontier_points.json").read_text())
-    assert {point["mix"] for point in found} == {"local", "e2e", "e2e-downstream"}
+    assert {point["mix"] for point in found} == set(frontier.MIXES)
     assert isinstance(json.loads((sweeps / "frontier.json").read_text()), list)
     assert (sweeps / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
     # What is there is not made again, and the page stays as it is.
     assert run_results.main([]) == 0
     said = capsys.readouterr().out
-    assert said.count(": done before, in ") == 12
+    assert said.count(": done before, in ") == 14
     assert "Evaluated on" not in said
     assert page.read_text() == text
 

@@ -31,7 +31,7 @@ from sparsify.scripts.train_tlens_saes.sweep import load_sweep
 FOLDER = Path(__file__).parent
 DOCS = FOLDER.parents[2] / "docs"
 DOCUMENT, RESULTS = DOCS / "results.md", DOCS / "results"
-FRONTIER = ("local", "e2e", "e2e_downstream")
+FRONTIER = ("local", "e2e", "e2e_local", "e2e_downstream")
 TOPK = ("topk_local", "topk_nine_tenths", "topk_e2e")
 SECTIONS = ("frontier", "same ce", "downstream", "geometry", "finetune")
 FINETUNE = FOLDER / "recipes" / "finetune.yaml"

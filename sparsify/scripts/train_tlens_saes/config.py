@@ -145,10 +145,15 @@ class Config(SAETransformerConfig, TrainingConfig):
 
     @property
     def mix(self) -> str:
-        """What SAEs are trained on: `local` or `e2e`, and `-downstream` if with later errors."""
-        has_logits = any(term.needs_logits for term in self.loss.terms().values())
-        kind = "e2e" if has_logits else "local"
-        return kind if self.loss.in_to_orig is None else f"{kind}-downstream"
+        """What SAEs are trained on: `local`, or `e2e`, and what else is in the loss.
+
+        That is `-local` for the SAEs' own errors beside the KL, `-downstream` for later errors.
+        """
+        if not any(term.needs_logits for term in self.loss.terms().values()):
+            mix = "local"
+        else:
+            mix = "e2e" if self.loss.out_to_in is None else "e2e-local"
+        return mix if self.loss.in_to_orig is None else f"{mix}-downstream"
 
     @property
     def default_run_name(self) -> str:
