@@ -17,7 +17,7 @@ from sparsify.scripts.tables import markdown_table
 from sparsify.scripts.train_tlens_saes.jobs import Job, known_runs
 from sparsify.training.run_folder import CONFIG_FILE, EVALUATION_FILE, RESULT_FILE
 
-CE_INCREASE = 0.3
+CE_INCREASE = 0.25
 """Where the runs of all mixes are compared."""
 
 FINETUNE_SEED = 100

@@ -186,7 +186,8 @@ def _table(
 def _ranges(curves: Curves, what: str) -> list[str]:
     """Why there is nothing to compare."""
     lines = [f"{what}: at no level all mixes have a common seed to be compared."]
-    for mix, seeds in curves.items():
+    for mix in _mixes(curves):
+        seeds = curves[mix]
         points = [point for curve in seeds.values() for point in curve]
         l0, ce = [point.l0 for point in points], [point.ce_increase for point in points]
         lines.append(
