@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
 from sparsify.base_config import BaseConfig
 from sparsify.hook_names import HookNames
@@ -150,6 +150,13 @@ class InToOrigLoss(LossTerm):
     normalised: bool = False
     """Whether each error is divided by the variance of the raw activation at its position, so that
     those of later blocks, which are larger, do not outweigh the others."""
+
+    @field_validator("hook_positions", mode="before")
+    @classmethod
+    def _compares_something(cls, positions: object) -> object:
+        if positions == []:
+            raise ValueError("names no hook point; name at least one, or set in_to_orig to null")
+        return positions
 
     @property
     def position_coeff(self) -> float:

@@ -171,7 +171,7 @@ SETTINGS: dict[str, tuple[Mapping[str, Any], str]] = {
     ),
     "no coefficient": ({"loss.sparsity": {}}, "loss.sparsity.coeff: is required and has no defaul"),
     "norm zero": ({"loss.sparsity.p_norm": 0}, "loss.sparsity.p_norm: Input should be greater tha"),
-    "nothing downstream": (_downstream(), "loss.in_to_orig.hook_positions: names no hook point; g"),
+    "nothing downstream": (_downstream(), "loss.in_to_orig.hook_positions: names no hook point; n"),
     "misspelt downstream": (
         _downstream("blocks.2.hook_resid_pots"),
         "loss.in_to_orig.hook_positions: the model has no hook point 'blocks.2.hook_resid_pots'",
