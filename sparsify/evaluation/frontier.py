@@ -1,8 +1,8 @@
 """What one kind of training needs where another gets as far: curves of runs, and reading them.
 
 A curve is one seed's runs that differ in how sparse they are. It is read between its points and
-never beyond them, along straight lines over the logarithm of L0, which a sparsity coefficient moves
-by factors.
+never beyond them, along straight lines in the logarithms of both L0 and what is read there: a
+sparsity coefficient moves them by factors, and curves of runs are nearly straight in them.
 """
 
 import math
@@ -89,19 +89,38 @@ def needed(xs: Sequence[float], ys: Sequence[float], level: float) -> float | No
     points = list(zip(xs, ys, strict=True))
     for (x0, y0), (x1, y1) in pairwise(points):
         if y0 >= level >= y1 and y0 > y1:
-            share = (y0 - level) / (y0 - y1)
-            return math.exp((1 - share) * math.log(x0) + share * math.log(x1))
+            return _on_line((y0, x0), (y1, x1), level)
     return None
 
 
 def reached(xs: Sequence[float], ys: Sequence[float], x: float) -> float | None:
-    """The y of a curve at x, on a straight line in log x. None: x lies outside of it."""
+    """The y of a curve at x. None: x lies outside of it.
+
+    Args:
+        xs: Positive, in rising order, such as L0.
+        ys: What is read.
+        x: Where.
+    """
     points = list(zip(xs, ys, strict=True))
     for (x0, y0), (x1, y1) in pairwise(points):
         if x0 <= x <= x1 and x0 < x1:
-            share = math.log(x / x0) / math.log(x1 / x0)
-            return (1 - share) * y0 + share * y1
+            return _on_line((x0, y0), (x1, y1), x)
     return None
+
+
+def _on_line(start: tuple[float, float], end: tuple[float, float], at: float) -> float:
+    """The second coordinate where the first is `at`, on a line that is straight in logarithms.
+
+    A coordinate that is not positive at both ends, as the CE increase of a nearly perfect SAE may
+    be by chance, is taken as it is.
+    """
+    (a0, b0), (a1, b1) = start, end
+    if a0 > 0 and a1 > 0:
+        a0, a1, at = math.log(a0), math.log(a1), math.log(at)
+    share = (at - a0) / (a1 - a0)
+    if b0 > 0 and b1 > 0:
+        return math.exp((1 - share) * math.log(b0) + share * math.log(b1))
+    return (1 - share) * b0 + share * b1
 
 
 def l0_needed(curve: Curve, ce_increase: float) -> float | None:

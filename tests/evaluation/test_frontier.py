@@ -1,7 +1,5 @@
 """Reading curves of runs."""
 
-import math
-
 import pytest
 
 from sparsify.evaluation.frontier import (
@@ -21,12 +19,18 @@ def point(mix: str, seed: int, l0: float, ce: float, alive: int = 100) -> Point:
     return Point(mix=mix, seed=seed, coeff=1.0, l0=float(l0), alive=alive, ce_increase=ce, kl=ce)
 
 
-def test_a_curve_is_read_on_straight_lines_in_the_logarithm():
-    # Half-way down from 0.4 to 0.2 is the geometric mean of 10 and 40.
-    assert needed([10.0, 40.0, 80.0], [0.4, 0.2, 0.1], 0.3) == pytest.approx(20)
-    assert reached([10.0, 40.0, 80.0], [0.4, 0.2, 0.1], 20.0) == pytest.approx(0.3)
-    assert needed([10.0, 40.0, 80.0], [0.4, 0.2, 0.1], 0.2) == pytest.approx(40)
-    assert reached([10.0, 40.0, 80.0], [0.4, 0.2, 0.1], 80.0) == pytest.approx(0.1)
+def test_a_curve_is_read_on_straight_lines_in_both_logarithms():
+    # Half-way down from 0.4 to 0.1 is 0.2, and from 10 to 40 it is 20.
+    assert needed([10.0, 40.0, 80.0], [0.4, 0.1, 0.05], 0.2) == pytest.approx(20)
+    assert reached([10.0, 40.0, 80.0], [0.4, 0.1, 0.05], 20.0) == pytest.approx(0.2)
+    assert needed([10.0, 40.0, 80.0], [0.4, 0.1, 0.05], 0.1) == pytest.approx(40)
+    assert reached([10.0, 40.0, 80.0], [0.4, 0.1, 0.05], 80.0) == pytest.approx(0.05)
+
+
+def test_what_is_not_positive_is_read_as_it_is():
+    # Half-way from 0.4 down to -0.2 is 0.1; of L0 it is the geometric mean.
+    assert needed([10.0, 40.0], [0.4, -0.2], 0.1) == pytest.approx(20)
+    assert reached([10.0, 40.0], [0.4, -0.2], 20.0) == pytest.approx(0.1)
 
 
 def test_a_curve_is_not_read_beyond_its_ends():
@@ -37,18 +41,16 @@ def test_a_curve_is_not_read_beyond_its_ends():
 
 
 def test_where_a_curve_crosses_a_level_twice_the_sparser_point_counts():
-    # Down at 0.3 between 10 and 20, up again, and down for good between 40 and 80.
-    assert needed([10.0, 20.0, 40.0, 80.0], [0.4, 0.2, 0.35, 0.1], 0.3) == pytest.approx(
-        math.sqrt(200)
-    )
+    # Down at 0.2 between 10 and 40, up again, and down for good between 80 and 160.
+    assert needed([10.0, 40.0, 80.0, 160.0], [0.4, 0.1, 0.3, 0.1], 0.2) == pytest.approx(20)
 
 
 def test_alive_elements_are_those_where_the_level_is_reached():
-    curve = [point("local", 0, 10, 0.4, 200), point("local", 0, 40, 0.2, 600)]
-    assert l0_needed(curve, 0.3) == pytest.approx(20)
-    assert alive_needed(curve, 0.3) == pytest.approx(400)
+    curve = [point("local", 0, 10, 0.4, 200), point("local", 0, 40, 0.1, 800)]
+    assert l0_needed(curve, 0.2) == pytest.approx(20)
+    assert alive_needed(curve, 0.2) == pytest.approx(400)
     assert alive_needed(curve, 0.5) is None
-    assert ce_reached(curve, 20.0) == pytest.approx(0.3)
+    assert ce_reached(curve, 20.0) == pytest.approx(0.2)
 
 
 def test_mixes_are_compared_over_the_seeds_that_all_have():

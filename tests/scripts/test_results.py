@@ -28,17 +28,17 @@ def points(mix: str, factor: float) -> list[Point]:
     return [
         Point(mix, seed, coeff, l0=(1 + seed) * factor * l0, alive=100, ce_increase=ce, kl=ce)
         for seed in (0, 1)
-        for coeff, l0, ce in ((2.0, 10.0, 0.4), (1.0, 40.0, 0.2))
+        for coeff, l0, ce in ((2.0, 10.0, 0.4), (1.0, 40.0, 0.1))
     ]
 
 
 def test_frontier_rows_hold_the_mean_l0_at_equal_ce_increase():
     found = curves_of([*points("local", 2.0), *points("e2e", 1.0)])
     rows = {row["at_ce_increase"]: row for row in frontier.frontier_rows(found)}
-    assert list(rows) == [0.2, 0.25, 0.3, 0.35, 0.4]
-    # Half-way between the points: 20 and 40 end to end, twice that locally.
-    assert rows[0.3] == {
-        "at_ce_increase": 0.3,
+    assert list(rows) == [0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4]
+    # Half-way between the points in logarithms: 20 and 40 end to end, twice that locally.
+    assert rows[0.2] == {
+        "at_ce_increase": 0.2,
         "l0_local": pytest.approx(60),
         "l0_e2e": pytest.approx(30),
         "l0_e2e_local": None,
@@ -50,9 +50,9 @@ def test_frontier_rows_hold_the_mean_l0_at_equal_ce_increase():
 def test_frontier_tables_compare_each_mix_to_the_first():
     lines = frontier.frontier_tables(curves_of([*points("e2e", 1.0), *points("local", 2.0)]))
     assert lines[0] == "| at CE increase | L0 local | L0 e2e | e2e ÷ local | seeds |"
-    assert "| 0.3 | 60.0 ± 28.3 | 30.0 ± 14.1 | 0.500 ± 0.000 | 2 |" in lines
-    # At an L0 of 20 the second seed is at its sparsest end to end, and not that far locally.
-    assert "| 40 | 0.350 ± 0.071 | 0.250 ± 0.071 | 0.708 ± 0.059 | 2 |" in lines
+    assert "| 0.2 | 60.0 ± 28.3 | 30.0 ± 14.1 | 0.500 ± 0.000 | 2 |" in lines
+    # The CE increase is 4 / L0 end to end; of the second seed and locally twice that.
+    assert "| 40 | 0.300 ± 0.141 | 0.150 ± 0.071 | 0.500 ± 0.000 | 2 |" in lines
 
 
 def test_a_table_is_put_between_its_comments(tmp_path: Path):
@@ -232,7 +232,7 @@ def test_mixes_that_meet_nowhere_are_said_to():
         curves_of([*points("e2e", 1.0), Point("local", 7, 1.0, 9.0, 8, 3.0, 2.0)])
     )
     assert "L0: at no level all mixes have a common seed to be compared." in lines
-    assert "- e2e: seeds 0, 1, L0 10.0 to 80.0, CE increase 0.200 to 0.400" in lines
+    assert "- e2e: seeds 0, 1, L0 10.0 to 80.0, CE increase 0.100 to 0.400" in lines
 
 
 @pytest.mark.slow
