@@ -32,7 +32,7 @@ REMEDIES = {
 """What to lower when a term is the largest."""
 
 # Tensors of the size of a chunk's logits at the same time: those of both runs, and where chunks are
-# not cut into tiles the log-probabilities of both.
+# not cut into tiles the probabilities of both.
 N_LOGITS_ON_CPU, N_LOGITS = 2, 4
 
 CLEARLY = 1.25
