@@ -17,7 +17,7 @@ Dimensions: `*sample` is any leading batch and position dimensions, `row` the sa
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -37,9 +37,8 @@ least. With `with_grad` the gradient takes the place of `logits`. `orig_logits` 
 CPU_TILE_BYTES = 2 * 2**20
 # Each chunk reads the whole unembedding, which must be worth it: the KL of 256 tokens with a
 # vocabulary of 50,257 and width 768 took 0.59 s in chunks of 41, 0.50 s in chunks of 83, 0.37 s of
-# 128 and of 256. With a narrow one the logits are the larger part, and should stay in the cache:
-# that of 1024 tokens and width 64 took 0.26 s in chunks of 32, 0.27 s of 96 and 0.34 s of 16.
-MAX_LEAST_CHUNK = 96
+# 128 and of 256.
+MIN_CHUNK_TOKENS = 96
 # An accelerator needs larger pieces to be busy, and has no such cache.
 ACCELERATOR_CHUNK_BYTES = 256 * 2**20
 
@@ -70,11 +69,12 @@ def chunked_kl(
         assert orig is not None
         if unembed.is_compiled and with_grad:
             return compiled_kl_of_rows()(orig, logits).sum()
-        (p_new, log_z_new), (p_orig, log_z_orig) = _softmax(logits), _softmax(orig)
-        log_ratio = orig.sub_(logits).sub_(log_z_orig - log_z_new)  # log p_orig - log p_new
+        of_new, of_orig = _softmax(logits), _softmax(orig)
+        shift = of_orig.top_logit - of_new.top_logit - (of_orig.top_log_p - of_new.top_log_p)
+        log_ratio = orig.sub_(logits).sub_(shift)  # log p_orig - log p_new
         if with_grad:  # d KL / d logits = p_new - p_orig
-            torch.sub(p_new, p_orig, out=logits)
-        return torch.dot(p_orig.flatten(), log_ratio.flatten())
+            torch.sub(of_new.p, of_orig.p, out=logits)
+        return torch.dot(of_orig.p.flatten(), log_ratio.flatten())
 
     return _chunked_mean(new_resid, unembed, kl_of_tile, chunk_size, orig_resid)
 
@@ -101,9 +101,9 @@ def chunked_cross_entropy(
     flat_targets = targets.flatten()
 
     def ce_of_tile(logits: Tensor, orig: Tensor | None, rows: slice, with_grad: bool) -> Tensor:
-        p, log_z = _softmax(logits)
+        p, top_logit, top_log_p = _softmax(logits)
         index = flat_targets[rows].unsqueeze(-1)
-        loss = (log_z - logits.gather(-1, index)).sum()
+        loss = (top_logit - logits.gather(-1, index) - top_log_p).sum()
         if with_grad:  # d CE / d logits = p - one_hot(target)
             minus_one = torch.full_like(index, -1, dtype=logits.dtype)
             logits.copy_(p).scatter_add_(-1, index, minus_one)
@@ -173,8 +173,7 @@ def _walk(
     for part in _pieces(len(rows), size):
         logits = unembed.products(rows[part], logits_buffer)
         orig = None if orig_rows is None else unembed.products(orig_rows[part], orig_buffer)
-        tile_size = len(logits) if unembed.is_compiled else _tile_size(logits)
-        for tile in _pieces(len(logits), tile_size):
+        for tile in _pieces(len(logits), tile_size(unembed)):
             of_batch = slice(part.start + tile.start, part.start + tile.stop)
             orig_tile = None if orig is None else orig[tile]
             sums.append(at_tile(logits[tile], orig_tile, of_batch, any(needs_grad)))
@@ -214,15 +213,24 @@ def _at_tile(
     return total
 
 
-def _softmax(logits: Float[Tensor, "row d_vocab"]) -> tuple[Tensor, Tensor]:
-    """Probabilities, and the logarithm of what the exponentials were divided by, a column.
+class _Softmax(NamedTuple):
+    """Probabilities, and two columns: log p = logit - top_logit + top_log_p."""
 
-    The likeliest token has the probability exp(its logit - log Z), so log Z is known without a
-    further pass of exponentials: on a CPU torch's `exp` of a tile takes twice as long as its whole
-    softmax, which has an exponential of its own.
+    p: Tensor
+    top_logit: Tensor
+    top_log_p: Tensor
+
+
+def _softmax(logits: Float[Tensor, "row d_vocab"]) -> _Softmax:
+    """Probabilities, and what their logarithms take, from the likeliest token of each row.
+
+    On a CPU a whole softmax, with its exponentials, takes half to two thirds of the time of torch's
+    `exp` alone, and a maximum a tenth: so no logarithm is turned into a probability. Both columns
+    are returned, since their difference would be rounded at the size of the logits.
     """
     p = F.softmax(logits, dim=-1)
-    return p, logits.amax(dim=-1, keepdim=True) - p.amax(dim=-1, keepdim=True).log()
+    top_p = p.amax(dim=-1, keepdim=True)
+    return _Softmax(p, logits.amax(dim=-1, keepdim=True), top_p.log())
 
 
 def _pieces(length: int, size: int) -> list[slice]:
@@ -230,19 +238,17 @@ def _pieces(length: int, size: int) -> list[slice]:
 
 
 def fast_chunk_size(unembed: Unembedding) -> int:
-    """Tokens whose logits fill a chunk of the size that is fast on the device of the weights."""
-    d_model, d_vocab = unembed.weight.shape
-    least = min(d_model // 2, MAX_LEAST_CHUNK)
+    """Tokens whose logits exist at a time: as many as are fast on the device of the weights."""
     is_cpu = unembed.weight.device.type == "cpu"
     n_bytes = CPU_TILE_BYTES if is_cpu else ACCELERATOR_CHUNK_BYTES
-    return max(1, least, n_bytes // (4 * d_vocab))
+    return max(MIN_CHUNK_TOKENS, n_bytes // (4 * unembed.d_vocab))
 
 
-def _tile_size(logits: Float[Tensor, "row d_vocab"]) -> int:
-    """Tokens in a tile."""
-    if logits.device.type != "cpu":
-        return len(logits)
-    return max(1, CPU_TILE_BYTES // (4 * logits.shape[1]))
+def tile_size(unembed: Unembedding) -> int:
+    """Tokens of a chunk whose logits are worked on at a time; as many more have probabilities."""
+    if unembed.is_compiled or unembed.weight.device.type != "cpu":
+        return fast_chunk_size(unembed)
+    return max(1, CPU_TILE_BYTES // (4 * unembed.d_vocab))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparsify.base_config import UserError
 from sparsify.forward_plan import ForwardPlan
-from sparsify.kernels.chunked import fast_chunk_size
+from sparsify.kernels.chunked import fast_chunk_size, tile_size
 from sparsify.sae_transformer import SAETransformer
 
 REMEDIES = {
@@ -30,10 +30,6 @@ REMEDIES = {
     "copy to save": "saes.dict_size_to_input_ratio, or fewer saes.sae_positions",
 }
 """What to lower when a term is the largest."""
-
-# Tensors of the size of a chunk's logits at the same time: those of both runs, and where chunks are
-# not cut into tiles the probabilities of both.
-N_LOGITS_ON_CPU, N_LOGITS = 2, 4
 
 CLEARLY = 1.25
 """By how much an estimate must be above what is free to say that a step does not fit."""
@@ -81,9 +77,11 @@ def estimate_memory(
         * (n_blocks * block_floats + kept * cfg.d_model),
     }
     if plan.needs_logits:
-        rows = min(n_tokens, fast_chunk_size(model.hooked_model.unembed))
-        n_logits = N_LOGITS_ON_CPU if parameter.device.type == "cpu" else N_LOGITS
-        terms["logits"] = 4 * n_logits * rows * cfg.d_vocab
+        unembed = model.hooked_model.unembed
+        chunk = min(n_tokens, fast_chunk_size(unembed))
+        tile = min(chunk, tile_size(unembed))
+        # Of both runs: the logits of a chunk, and the probabilities of a tile of it.
+        terms["logits"] = 2 * 4 * (chunk + tile) * cfg.d_vocab
     if is_saved and parameter.device.type == "cpu":
         terms["copy to save"] = terms["SAEs"] + terms["Adam's state"]
     return dict(sorted(terms.items(), key=lambda term: -term[1]))

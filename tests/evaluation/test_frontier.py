@@ -1,5 +1,7 @@
 """Reading curves of runs."""
 
+import math
+
 import pytest
 
 from sparsify.evaluation.frontier import (
@@ -31,6 +33,14 @@ def test_what_is_not_positive_is_read_as_it_is():
     # Half-way from 0.4 down to -0.2 is 0.1; of L0 it is the geometric mean.
     assert needed([10.0, 40.0], [0.4, -0.2], 0.1) == pytest.approx(20)
     assert reached([10.0, 40.0], [0.4, -0.2], 20.0) == pytest.approx(0.1)
+
+
+def test_ends_lie_on_a_curve():
+    # 57.3 is no number that exp(log(x)) gives back.
+    curve = [point("local", 0, 10, 0.4, 200), point("local", 0, 57.3, 0.1, 800)]
+    assert math.exp(math.log(57.3)) != 57.3
+    assert l0_needed(curve, 0.1) == 57.3
+    assert alive_needed(curve, 0.1) == 800
 
 
 def test_a_curve_is_not_read_beyond_its_ends():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsify.kernels.chunked import chunked_cross_entropy, chunked_kl, fast_chunk_size
+from sparsify.kernels.chunked import chunked_cross_entropy, chunked_kl
 from sparsify.kernels.compiled import why_not_compiled
 from sparsify.kernels.reference import full_cross_entropy, full_kl
 from sparsify.kernels.unembedding import Unembedding
@@ -205,22 +205,25 @@ def test_default_chunk_bounds_the_bytes_of_logits(
     assert counting.n_rows == [300, 300, 100]
 
 
-@pytest.mark.parametrize(("d_model", "size"), [(1, 1), (100, 50), (1000, 96)])
 def test_default_chunk_has_enough_tokens_to_be_worth_reading_the_unembedding(
-    d_model: int, size: int, monkeypatch: pytest.MonkeyPatch
+    counting: CountRows, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("sparsify.kernels.chunked.CPU_TILE_BYTES", 1)
-    assert fast_chunk_size(Unembedding(torch.zeros(d_model, 6))) == size
+    chunked_cross_entropy(torch.randn(300, 4), torch.arange(300) % 6, counting)
+    assert counting.n_rows == [96, 96, 96, 12]
 
 
-def test_probabilities_of_far_logits_are_those_of_logits_moved_near():
-    # As a model whose unembedding is not centred has them: only differences count.
-    unembed = Unembedding(torch.eye(6, dtype=torch.float64))
-    orig, new = (torch.randn(5, 6, dtype=torch.float64) for _ in range(2))
-    expected = full_kl(orig, new, unembed)
-    assert_close(chunked_kl(orig - 1e4, new + 1e4, unembed), expected)
-    single = chunked_kl((orig - 1e3).float(), (new + 1e3).float(), Unembedding(torch.eye(6)))
-    torch.testing.assert_close(single, expected.float(), atol=1e-3, rtol=0)
+@pytest.mark.parametrize("offset", [0.0, -100.0, 1e4])
+def test_an_offset_of_all_logits_costs_no_precision(offset: float):
+    # As models have whose unembedding is not centred: only differences of logits count.
+    unembed = Unembedding(torch.eye(50))
+    orig, new = (torch.randn(9, 50) + offset for _ in range(2))
+    targets = torch.randint(50, (9,))
+    in_double = replace(unembed, weight=torch.eye(50, dtype=torch.float64))
+    kl = full_kl(orig.double(), new.double(), in_double)
+    assert_close(chunked_kl(orig, new, unembed), kl.float())
+    ce = full_cross_entropy(new.double(), targets, in_double)
+    assert_close(chunked_cross_entropy(new, targets, unembed), ce.float())
 
 
 @pytest.mark.parametrize("rows_in_tile", [1, 2, 3, 100])
