@@ -68,7 +68,7 @@ def test_a_table_is_put_between_its_comments(tmp_path: Path):
 
 def test_recipes_of_results_are_valid():
     sweeps = {path.stem: load_sweep(path) for path in (run_results.FOLDER / "sweeps").glob("*")}
-    assert set(sweeps) == {*run_results.FRONTIER, *run_results.TOPK}
+    assert set(sweeps) == {*run_results.FRONTIER, *run_results.LONG, *run_results.TOPK}
     (start, *_), (whole, *_) = sweeps["topk_nine_tenths"], sweeps["topk_local"]
     last = load_config(Config, [str(run_results.FINETUNE), "--saes.pretrained_sae_paths=[run]"], "")
     judged_on = [
@@ -82,6 +82,9 @@ def test_recipes_of_results_are_valid():
         assert {job.config.mix for job in sweeps[mix]} == {mix.replace("_", "-")}
         assert {job.config.n_samples for job in sweeps[mix]} == {8_000}
         assert {job.config.seed for job in sweeps[mix]} == {0, 1, 2}
+    for name in run_results.LONG:
+        assert {job.config.mix for job in sweeps[name]} == {name.removeprefix("long_")}
+        assert {job.config.n_samples for job in sweeps[name]} == {24_000}
 
 
 def write_sweep(folder: Path, name: str, recipe: dict[str, Any], **parameters: list[Any]) -> Path:
@@ -114,6 +117,9 @@ def sweeps(sae_settings: dict[str, Any], tmp_path: Path) -> Path:
         coeffs = [10.0, 0.01] if name == "local" else [0.1]
         grid = {"loss__sparsity__coeff": coeffs, "seed": [0, 1]}
         write_sweep(tmp_path, name, {**base, "loss": loss}, **grid)
+    for name in ("local", "e2e"):
+        longer = {**base, "loss": mixes[name], "n_samples": 32}
+        write_sweep(tmp_path, f"long_{name}", longer, seed=[0])
     topk = {**base, "saes": {**base["saes"], "kind": "topk", "k": 3}}
     local, e2e = {"out_to_in": kl}, {"logits_kl": kl}
     write_sweep(tmp_path, "topk_local", {**topk, "loss": local}, saes__k=[2])
@@ -145,13 +151,13 @@ def test_the_page_of_results_is_made_of_runs(
     capsys.readouterr()
     assert run_results.main([]) == 0
     said = capsys.readouterr().out
-    assert said.count(": done before, in ") == 13  # all but the one that finetunes
+    assert said.count(": done before, in ") == 15  # all but the one that finetunes
     assert said.count("finetune saes.k=2 seed=100: ") == 2  # it begins, and it is done
 
     text = page.read_text()
     sections = {
         name: text.partition(f"<!-- begin {name} -->\n")[2].partition("\n<!-- end")[0].splitlines()
-        for name in ("frontier", "same ce", "downstream", "geometry", "finetune")
+        for name in run_results.SECTIONS
     }
     assert [line.split(" | ")[0] for line in sections["same ce"][2:]] == [
         "| local", "| e2e", "| e2e-local", "| e2e-downstream",
@@ -163,15 +169,17 @@ def test_the_page_of_results_is_made_of_runs(
     ]  # fmt: skip
     assert [line.split(" | ")[0] for line in sections["finetune"][2:]] == ["| 2"]
     assert sections["frontier"][0] == "10 of 10 runs."
+    assert sections["long"][0] == "2 of 2 runs."
     found = json.loads((sweeps / "frontier_points.json").read_text())
     assert {point["mix"] for point in found} == set(frontier.MIXES)
     assert isinstance(json.loads((sweeps / "frontier.json").read_text()), list)
-    assert (sweeps / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    for folder in (sweeps, sweeps / "long"):
+        assert (folder / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
     # What is there is not made again, and the page stays as it is.
     assert run_results.main([]) == 0
     said = capsys.readouterr().out
-    assert said.count(": done before, in ") == 14
+    assert said.count(": done before, in ") == 16
     assert "Evaluated on" not in said
     assert page.read_text() == text
 

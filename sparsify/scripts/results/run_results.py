@@ -32,8 +32,10 @@ FOLDER = Path(__file__).parent
 DOCS = FOLDER.parents[2] / "docs"
 DOCUMENT, RESULTS = DOCS / "results.md", DOCS / "results"
 FRONTIER = ("local", "e2e", "e2e_local", "e2e_downstream")
+# On three times the tokens.
+LONG = ("long_local", "long_e2e")
 TOPK = ("topk_local", "topk_nine_tenths", "topk_e2e")
-SECTIONS = ("frontier", "same ce", "downstream", "geometry", "finetune")
+SECTIONS = ("frontier", "long", "same ce", "downstream", "geometry", "finetune")
 FINETUNE = FOLDER / "recipes" / "finetune.yaml"
 
 
@@ -48,15 +50,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_results(n_processes: int | None) -> int:
     """Do all that is not done yet; returns the exit code: 1 if a run failed."""
     check_places(DOCUMENT, SECTIONS)
-    sweeps = {name: load_sweep(FOLDER / "sweeps" / f"{name}.yaml") for name in (*FRONTIER, *TOPK)}
+    names = (*FRONTIER, *LONG, *TOPK)
+    sweeps = {name: load_sweep(FOLDER / "sweeps" / f"{name}.yaml") for name in names}
     code = do_jobs([*chain(*sweeps.values())], n_processes)
     known = known_runs([*chain(*sweeps.values())])
     sweeps["finetune"] = finetune_jobs(sweeps["topk_nine_tenths"], known)
     if sweeps["finetune"]:
         code |= do_jobs(sweeps["finetune"], n_processes)
     put_into(DOCUMENT, "finetune", claims.finetune_table(sweeps))
-    compared = [*chain(*(sweeps[name] for name in FRONTIER))]
+    compared = [job for name in FRONTIER for job in sweeps[name]]
+    longer = [job for name in LONG for job in sweeps[name]]
     put_into(DOCUMENT, "frontier", write_frontier(compared, RESULTS))
+    put_into(DOCUMENT, "long", write_frontier(longer, RESULTS / "long"))
     return code | compare_runs(compared)
 
 
