@@ -32,13 +32,14 @@ TileLoss = Callable[[Tensor, Tensor | None, slice, bool], Tensor]
 """`loss(logits, orig_logits, rows, with_grad)`: the sum over these rows of the batch, in float32 at
 least. With `with_grad` the gradient takes the place of `logits`. `orig_logits` may be lost too."""
 
-# On two CPU cores the KL of 4096 tokens with a vocabulary of 4096 and width 128 took 0.101 s in
-# tiles of this size, 0.099 s in tiles of half and 0.112 s of an eighth of it.
-CPU_TILE_BYTES = 2 * 2**20
-# Each chunk reads the whole unembedding, which must be worth it: the KL of 256 tokens with a
-# vocabulary of 50,257 and width 768 took 0.59 s in chunks of 41, 0.50 s in chunks of 83, 0.37 s of
-# 128 and of 256.
+CPU_CHUNK_BYTES = 2 * 2**20
+# Each chunk reads the whole unembedding, which must be worth it: on two CPU cores the KL of 256
+# tokens with a vocabulary of 50,257 and width 768 took 0.59 s in chunks of 41, 0.50 s in chunks of
+# 83, 0.37 s of 128 and of 256.
 MIN_CHUNK_TOKENS = 96
+# The KL of 4096 tokens with a vocabulary of 4096 and width 128 took 0.099 s in tiles of this size,
+# 0.101 s in tiles of twice, 0.109 s of half and 0.112 s of a quarter of it.
+CPU_TILE_BYTES = 2**20
 # An accelerator needs larger pieces to be busy, and has no such cache.
 ACCELERATOR_CHUNK_BYTES = 256 * 2**20
 
@@ -240,7 +241,7 @@ def _pieces(length: int, size: int) -> list[slice]:
 def fast_chunk_size(unembed: Unembedding) -> int:
     """Tokens whose logits exist at a time: as many as are fast on the device of the weights."""
     is_cpu = unembed.weight.device.type == "cpu"
-    n_bytes = CPU_TILE_BYTES if is_cpu else ACCELERATOR_CHUNK_BYTES
+    n_bytes = CPU_CHUNK_BYTES if is_cpu else ACCELERATOR_CHUNK_BYTES
     return max(MIN_CHUNK_TOKENS, n_bytes // (4 * unembed.d_vocab))
 
 

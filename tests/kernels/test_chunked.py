@@ -200,7 +200,7 @@ def test_no_more_rows_than_the_chunk_size_have_logits_at_a_time(counting: CountR
 def test_default_chunk_bounds_the_bytes_of_logits(
     counting: CountRows, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("sparsify.kernels.chunked.CPU_TILE_BYTES", 4 * 6 * 300)
+    monkeypatch.setattr("sparsify.kernels.chunked.CPU_CHUNK_BYTES", 4 * 6 * 300)
     chunked_cross_entropy(torch.randn(700, 4), torch.arange(700) % 6, counting)
     assert counting.n_rows == [300, 300, 100]
 
@@ -208,7 +208,7 @@ def test_default_chunk_bounds_the_bytes_of_logits(
 def test_default_chunk_has_enough_tokens_to_be_worth_reading_the_unembedding(
     counting: CountRows, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("sparsify.kernels.chunked.CPU_TILE_BYTES", 1)
+    monkeypatch.setattr("sparsify.kernels.chunked.CPU_CHUNK_BYTES", 1)
     chunked_cross_entropy(torch.randn(300, 4), torch.arange(300) % 6, counting)
     assert counting.n_rows == [96, 96, 96, 12]
 
