@@ -130,6 +130,11 @@ def l0_needed(curve: Curve, ce_increase: float) -> float | None:
     return needed([p.l0 for p in curve], [p.ce_increase for p in curve], ce_increase)
 
 
+def l0_needed_for_kl(curve: Curve, kl: float) -> float | None:
+    """Active elements per token with which a curve's SAEs come to a KL."""
+    return needed([p.l0 for p in curve], [p.kl for p in curve], kl)
+
+
 def alive_needed(curve: Curve, ce_increase: float) -> float | None:
     """Alive elements of a curve's SAEs where they come to a CE increase."""
     l0 = l0_needed(curve, ce_increase)

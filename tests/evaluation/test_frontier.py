@@ -10,6 +10,7 @@ from sparsify.evaluation.frontier import (
     ce_reached,
     curves_of,
     l0_needed,
+    l0_needed_for_kl,
     needed,
     reached,
     read_all,
@@ -57,7 +58,7 @@ def test_where_a_curve_crosses_a_level_twice_the_sparser_point_counts():
 
 def test_alive_elements_are_those_where_the_level_is_reached():
     curve = [point("local", 0, 10, 0.4, 200), point("local", 0, 40, 0.1, 800)]
-    assert l0_needed(curve, 0.2) == pytest.approx(20)
+    assert l0_needed(curve, 0.2) == l0_needed_for_kl(curve, 0.2) == pytest.approx(20)
     assert alive_needed(curve, 0.2) == pytest.approx(400)
     assert alive_needed(curve, 0.5) is None
     assert ce_reached(curve, 20.0) == pytest.approx(0.2)

@@ -165,7 +165,7 @@ def test_the_page_of_results_is_made_of_runs(
     assert sections["downstream"][0] == f"| mix | {LATER} | blocks.2.hook_resid_post |"
     assert len(sections["geometry"]) == 2 + 4 + 6
     assert [line.split(" | ")[-1] for line in sections["geometry"][2:]] == [
-        *4 * ["1 |"], *6 * ["4 |"],
+        *4 * ["1 |"], *6 * ["2 |"],  # not those of one seed
     ]  # fmt: skip
     assert [line.split(" | ")[0] for line in sections["finetune"][2:]] == ["| 2"]
     assert sections["frontier"][0] == "10 of 10 runs."

@@ -121,7 +121,10 @@ def downstream_table(chosen: Chosen) -> list[str]:
 
 
 def geometry_table(chosen: Chosen, similarities: Path) -> list[str]:
-    """How similar the alive elements of two runs are, across seeds and across mixes."""
+    """How similar the alive elements of two runs are, across seeds and across mixes.
+
+    Runs of one seed begin with the same SAE and see the same batches, so they are not compared.
+    """
     pairs = {
         (pair["a"], pair["b"]): pair["metrics"]
         for pair in json.loads(similarities.read_text(encoding="utf-8"))
@@ -130,7 +133,10 @@ def geometry_table(chosen: Chosen, similarities: Path) -> list[str]:
     for mix, runs in chosen.items():
         rows.append([f"{mix}, two seeds", *_similarity(pairs, [*combinations(runs, 2)])])
     for (mix_a, runs_a), (mix_b, runs_b) in combinations(chosen.items(), 2):
-        rows.append([f"{mix_a} and {mix_b}", *_similarity(pairs, [*product(runs_a, runs_b)])])
+        of_two_seeds = [
+            (a, b) for (i, a), (j, b) in product(enumerate(runs_a), enumerate(runs_b)) if i != j
+        ]
+        rows.append([f"{mix_a} and {mix_b}", *_similarity(pairs, of_two_seeds)])
     header = [
         "runs",
         "nearest cosine",

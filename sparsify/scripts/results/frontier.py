@@ -18,6 +18,7 @@ from sparsify.evaluation.frontier import (
     ce_reached,
     curves_of,
     l0_needed,
+    l0_needed_for_kl,
     read_all,
     spread,
 )
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 MIXES = ("local", "e2e", "e2e-local", "e2e-downstream")
 CE_LEVELS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8, 1.0)
-"""CE increases at which mixes are compared, where their curves come to them."""
+"""CE increases, and KLs, at which mixes are compared, where their curves come to them."""
 L0_LEVELS = (5.0, 10.0, 20.0, 30.0, 40.0, 60.0, 80.0, 120.0, 160.0, 240.0)
 """The same of L0."""
 
@@ -153,10 +154,13 @@ def frontier_rows(curves: Curves) -> list[Row]:
 def frontier_tables(curves: Curves) -> list[str]:
     """What each mix needs at the same CE increase, and how far it comes at the same L0."""
     at_ce = [(f"{level:g}", partial(l0_needed, ce_increase=level)) for level in CE_LEVELS]
+    at_kl = [(f"{level:g}", partial(l0_needed_for_kl, kl=level)) for level in CE_LEVELS]
     alive = [(f"{level:g}", partial(alive_needed, ce_increase=level)) for level in CE_LEVELS]
     at_l0 = [(f"{level:g}", partial(ce_reached, l0=level)) for level in L0_LEVELS]
     return [
         *_table(curves, "at CE increase", "L0", at_ce),
+        "",
+        *_table(curves, "at KL", "L0", at_kl),
         "",
         *_table(curves, "at CE increase", "alive", alive),
         "",
@@ -214,7 +218,6 @@ def plot_frontier(curves: Curves, path: Path) -> None:
     for axis, (x, y) in zip(axes, panels, strict=True):
         _draw(axis, curves, x, y)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replace_atomically(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
 
