@@ -4,6 +4,7 @@ Torch and TransformerLens are imported where they are used, so that tests of con
 """
 
 import random
+import signal
 import socket
 import sys
 import tempfile
@@ -81,7 +82,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Cut tests, and what they import, off from the network and from files of the user."""
+    """Cut tests, and what they import, off from the network, files and shell of the user."""
     cache = tempfile.TemporaryDirectory(prefix="sparsify-tests-")
     config.add_cleanup(cache.cleanup)
     patch = pytest.MonkeyPatch()
@@ -93,6 +94,10 @@ def pytest_configure(config: pytest.Config) -> None:
     # Tensors here are too small to be worth sharing. Before torch is loaded, so that a fixture of
     # the session adds in the same order as a test.
     patch.setenv("OMP_NUM_THREADS", "1")
+    # A shell has what it puts into the background ignore Ctrl-C, and so would the runs that tests
+    # interrupt.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     _block_network(patch)
 
 
