@@ -152,7 +152,7 @@ def frontier_rows(curves: Curves) -> list[Row]:
 
 
 def frontier_tables(curves: Curves) -> list[str]:
-    """What each mix needs at the same CE increase, and how far it comes at the same L0."""
+    """What each mix needs at the same CE increase or KL, and how far it comes at the same L0."""
     at_ce = [(f"{level:g}", partial(l0_needed, ce_increase=level)) for level in CE_LEVELS]
     at_kl = [(f"{level:g}", partial(l0_needed_for_kl, kl=level)) for level in CE_LEVELS]
     alive = [(f"{level:g}", partial(alive_needed, ce_increase=level)) for level in CE_LEVELS]
