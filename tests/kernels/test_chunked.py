@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsify.kernels.chunked import chunked_cross_entropy, chunked_kl
+from sparsify.kernels.chunked import chunked_cross_entropy, chunked_kl, tile_size
 from sparsify.kernels.compiled import why_not_compiled
 from sparsify.kernels.reference import full_cross_entropy, full_kl
 from sparsify.kernels.unembedding import Unembedding
@@ -192,9 +192,9 @@ def test_without_gradients_only_the_value_is_computed(context: type):
     torch.testing.assert_close((kl, cross_entropy), tuple(part.detach() for part in expected))
 
 
-def test_no_more_rows_than_the_chunk_size_have_logits_at_a_time(counting: CountRows):
+def test_no_more_tokens_than_the_chunk_size_have_logits_at_a_time(counting: CountRows):
     chunked_kl(torch.randn(7, 4), torch.randn(7, 4, requires_grad=True), counting, 3)
-    assert counting.n_rows == [3, 3, 3, 3, 1, 1]  # new and orig, three chunks
+    assert counting.n_rows == [6, 6, 2]  # those of both runs in one product, three chunks
 
 
 def test_default_chunk_bounds_the_bytes_of_logits(
@@ -211,6 +211,15 @@ def test_default_chunk_has_enough_tokens_to_be_worth_reading_the_unembedding(
     monkeypatch.setattr("sparsify.kernels.chunked.CPU_CHUNK_BYTES", 1)
     chunked_cross_entropy(torch.randn(300, 4), torch.arange(300) % 6, counting)
     assert counting.n_rows == [96, 96, 96, 12]
+
+
+@pytest.mark.parametrize(("n_threads", "n_tokens"), [(1, 5), (2, 6), (4, 8), (48, 48)])
+def test_each_thread_has_as_many_tokens_of_a_tile(
+    n_threads: int, n_tokens: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
+    monkeypatch.setattr("sparsify.kernels.chunked.CPU_TILE_BYTES", 4 * 6 * 5)
+    assert tile_size(Unembedding(torch.zeros(4, 6))) == n_tokens
 
 
 @pytest.mark.parametrize("offset", [0.0, -100.0, 1e4])
