@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparsify import SAETransformer, saved_runs
 from sparsify.config import PLACED
+from sparsify.hooked_model import TLensModel
 from sparsify.model_loading import load_hooked_model
 from sparsify.saes.acts import SAEActs
 from sparsify.scripts.train_tlens_saes import train
@@ -73,8 +74,14 @@ AIDED: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _what_takes_most_of_the_time_is_left_out() -> Iterator[None]:
+    @functools.cache
+    def load_once(*args: Any, **kwargs: Any) -> TLensModel:
+        # Loading draws random numbers, which must not set the run that loads apart from the others.
+        with torch.random.fork_rng():
+            return load_hooked_model(*args, **kwargs)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saved_runs, "load_hooked_model", functools.cache(load_hooked_model))
+        patch.setattr(saved_runs, "load_hooked_model", load_once)
         # As where matplotlib is not installed: the picture takes four fifths of a run.
         patch.setattr(plots, "find_spec", lambda name: None)
         yield
