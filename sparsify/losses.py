@@ -197,4 +197,5 @@ def _balance(losses: LossConfig, values: "dict[str, dict[str, Tensor]]") -> "Ten
         return None
     errors = torch.stack(list(values[name].values()))
     error = errors.mean() if name == "in_to_orig" else errors.sum()
-    return (error / (values["logits_kl"][""] + KL_EPS)).detach()
+    # Below zero by rounding, if at all.
+    return (error / (values["logits_kl"][""].clamp(min=0) + KL_EPS)).detach()

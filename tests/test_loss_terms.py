@@ -187,6 +187,15 @@ def test_a_kl_of_zero_is_balanced_by_a_finite_number(runs: Runs):
     assert values["logits_kl_balance"].item() == pytest.approx(5.25 / 1e-8)
 
 
+def test_a_kl_that_rounding_put_below_zero_is_balanced_as_zero(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sparsify.kernels.chunked.chunked_kl", lambda *_: torch.tensor(-1e-7))
+    losses = LossConfig.model_validate({"logits_kl": BALANCED, "out_to_in": {"coeff": 0.0}})
+    _, values = total_loss(losses, runs)
+    assert values["logits_kl_balance"].item() == pytest.approx(5.25 / 1e-8)
+
+
 def test_errors_of_other_outputs_are_added_with_their_weights(runs: Runs):
     losses = LossConfig.model_validate(
         {"sparsity": {"coeff": 10.0}, "out_to_in": {"coeff": 0.5}, "logits_kl": {"coeff": 2.0}}
