@@ -93,23 +93,11 @@ class _FusedBlock:
 
     def is_free(self) -> bool:
         """Whether no hook is at a part of the block that the fused one does not have."""
-        return not any(
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            for module in self.others
-        )
+        return not any(has_hook(module) for module in self.others)
 
-    @torch.no_grad()
     def agrees(self) -> bool:
         """Whether the fused block gives what TransformerLens's own gives, on a few positions."""
-        cfg, weight = self.block.cfg, self.block.mlp.W_in
-        generator = torch.Generator().manual_seed(0)
-        resid = torch.randn(2, min(8, cfg.n_ctx), cfg.d_model, generator=generator).to(weight)
-        expected = self.block(resid)
-        tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 5e-2
-        return torch.allclose(self.forward(resid), expected, rtol=tolerance, atol=tolerance)
+        return agree(self.forward, self.block, self.block.cfg, self.block.mlp.W_in)
 
     def forward(
         self,
@@ -145,6 +133,27 @@ class _FusedBlock:
         )
         z = attn.hook_z(z.transpose(1, 2)).flatten(start_dim=2)
         return F.linear(z, attn.W_O.flatten(end_dim=1).T, attn.b_O)
+
+
+@torch.no_grad()
+def agree(
+    fused: Callable[[Tensor], Tensor], eager: Callable[[Tensor], Tensor], cfg: Any, weight: Tensor
+) -> bool:  # `Any`: configs of both kinds of TransformerLens model
+    """Whether both give the same of random activations at a few positions."""
+    generator = torch.Generator().manual_seed(0)
+    resid = torch.randn(2, min(8, cfg.n_ctx), cfg.d_model, generator=generator).to(weight)
+    tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 5e-2
+    return torch.allclose(fused(resid), eager(resid), rtol=tolerance, atol=tolerance)
+
+
+def has_hook(module: Module) -> bool:
+    """Whether anything is called with what a module reads or writes, or with its gradients."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def _is_plain(cfg: Any) -> bool:  # a HookedTransformerConfig, which 4.x does not have

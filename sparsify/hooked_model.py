@@ -29,6 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sparsify.base_config import UserError
+from sparsify.fused_attention import FusedAttention
 from sparsify.fused_blocks import FusedBlocks, fused_norm
 from sparsify.hook_names import BLOCK_END, BLOCK_START
 from sparsify.kernels.unembedding import Unembedding
@@ -62,7 +63,9 @@ class HookedModel:
         self.n_blocks: int = model.cfg.n_layers
         self._n_more_outputs = self._count_more_outputs() if self.is_bridge else None
         # Set it to None to have TransformerLens compute all blocks.
-        self.fused_blocks = None if self.is_bridge else FusedBlocks(model)
+        self.fused_blocks: FusedBlocks | FusedAttention | None = (
+            FusedAttention(model) if self.is_bridge else FusedBlocks(model)
+        )
         # Precision of matrix products in `run`. None: that of the weights.
         self.product_dtype: torch.dtype | None = None
         # Whether compiled kernels compute losses of the logits.
@@ -154,7 +157,7 @@ class HookedModel:
         ln_final = getattr(model, "ln_final", nn.Identity())
 
         def norm(resid: Tensor) -> Tensor:
-            if fused is not None and fused.is_plain():
+            if isinstance(fused, FusedBlocks) and fused.is_plain():
                 return fused_norm(ln_final, resid)
             # TransformerLens's modules want a batch and a position dimension.
             return ln_final(resid.reshape(1, -1, resid.shape[-1])).reshape(resid.shape)

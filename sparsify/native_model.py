@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
@@ -23,6 +22,7 @@ from transformer_lens.model_bridge.sources.native.model import NativeAttention, 
 
 from sparsify.architecture import Architecture
 from sparsify.base_config import UserError, validate_config
+from sparsify.fused_attention import fused_attention
 from sparsify.kernels.unembedding import Unembedding
 from sparsify.secrets import one_line
 
@@ -38,14 +38,7 @@ class FusedNativeAttention(NativeAttention):
         self, hidden_states: Float[Tensor, "batch pos d_model"], **_: object
     ) -> tuple[Float[Tensor, "batch pos d_model"], None]:
         """Attention output, and no pattern."""
-        q, k, v = (
-            rearrange(project(hidden_states), "b p (h d) -> b h p d", h=self.n_heads)
-            for project in (self.q, self.k, self.v)
-        )
-        if self.rotary is not None:
-            q, k = self.rotary.apply_rope(q, k)
-        z = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.o(rearrange(z, "b h p d -> b p (h d)")), None
+        return fused_attention(self, hidden_states), None
 
 
 class TrainableModel(nn.Module):

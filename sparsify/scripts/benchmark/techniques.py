@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Adam
 
+from sparsify.fused_attention import FusedAttention
 from sparsify.fused_blocks import FusedBlocks
 from sparsify.hooked_model import HookedModel, Prefix
 from sparsify.kernels.reference import full_kl
@@ -26,7 +27,10 @@ _PLAIN_WAYS: dict[str, list[Any]] = {
         patch.object(HookedModel, "prefix", lambda self, tokens, n_blocks: Prefix(tokens))
     ],
     "chunked-kl": [patch("sparsify.kernels.chunked.chunked_kl", full_kl)],
-    "fused-blocks": [patch.object(FusedBlocks, "is_plain", lambda self: False)],
+    "fused-blocks": [
+        patch.object(FusedBlocks, "is_plain", lambda self: False),
+        patch.object(FusedAttention, "is_free", lambda self, part: False),
+    ],
     "sparse-sae": [patch("sparsify.saes.linear.find_active", lambda c, d_act: None)],
     "row-sparse-adam": [
         patch(

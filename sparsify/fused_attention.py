@@ -1,0 +1,98 @@
+"""Runs the attention of TransformerLens's native model with a fused kernel, and bridges over it.
+
+The native model computes scores and patterns of attention in several passes over tensors of
+heads x positions x positions. The fused kernel never holds them. In a bridge all hook points are
+called as ever but for scores and pattern; where a hook is at one of these, attention runs as it is.
+So does attention of another kind, and one for which both do not give the same on a few positions.
+
+Dimensions: `n_heads` heads of width `d_head`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sparsify.fused_blocks import Module, agree, has_hook
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+
+class FusedAttention:
+    """The attention parts of a bridge that can be fused, and a context in which they are."""
+
+    def __init__(self, model: "TransformerBridge") -> None:
+        parts = [block.attn for block in model.blocks if "attn" in block._modules]
+        self.parts: list[Module] = [
+            part for part in parts if _can_be_fused(part.original_component, model.cfg)
+        ]
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """A context in which attention is fused, but where hooks look at scores or pattern."""
+        free = [part.original_component for part in self.parts if self.is_free(part)]
+        free = [attn for attn in free if "forward" not in vars(attn)]
+        for attn in free:
+            vars(attn)["forward"] = partial(_forward, attn, attn.forward)
+        try:
+            yield
+        finally:
+            for attn in free:
+                del vars(attn)["forward"]
+
+    def is_free(self, part: Module) -> bool:
+        """Whether no hook is at what the fused kernel does not have."""
+        return not (has_hook(part.hook_attn_scores) or has_hook(part.hook_pattern))
+
+
+def fused_attention(
+    attn: Module,
+    x: Float[Tensor, "batch pos d_model"],
+    position_ids: Int[Tensor, "batch pos"] | None = None,
+) -> Float[Tensor, "batch pos d_model"]:
+    """What a causal `NativeAttention` of TransformerLens writes.
+
+    Args:
+        attn: The module.
+        x: What it reads.
+        position_ids: Positions that rotary embeddings stand for. None: from 0 on.
+    """
+    q, k, v = (
+        rearrange(project(x), "b p (h d) -> b h p d", d=attn.d_head)
+        for project in (attn.q, attn.k, attn.v)
+    )
+    if attn.rotary is not None:
+        q, k = attn.rotary.apply_rope(q, k, position_ids=position_ids)
+    shares_keys = attn.kv_repeats > 1
+    z = F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=1 / attn.scale, enable_gqa=shares_keys
+    )
+    return attn.o(rearrange(z, "b h p d -> b p (h d)"))
+
+
+def _can_be_fused(attn: Module, cfg: Any) -> bool:  # `Any`: as the bridge has it
+    return (
+        type(attn).__name__ == "NativeAttention"
+        and attn.causal
+        and attn.attn_scores_soft_cap <= 0
+        and agree(partial(fused_attention, attn), lambda x: attn(x)[0], cfg, attn.q.weight)
+    )
+
+
+def _forward(
+    attn: Module,
+    eager: Callable[..., tuple[Tensor, Tensor]],
+    hidden_states: Float[Tensor, "batch pos d_model"],
+    attention_mask: Tensor | None = None,
+    position_ids: Int[Tensor, "batch pos"] | None = None,
+    **told: Any,  # what a bridge tells attention besides: the hook point of the pattern
+) -> tuple[Tensor, Tensor | None]:
+    if attention_mask is not None:
+        return eager(hidden_states, attention_mask, position_ids, **told)
+    return fused_attention(attn, hidden_states, position_ids), None
