@@ -4,6 +4,7 @@ The native model computes scores and patterns of attention in several passes ove
 heads x positions x positions. The fused kernel never holds them. In a bridge all hook points are
 called as ever but for scores and pattern; where a hook is at one of these, attention runs as it is.
 So does attention of another kind, and one for which both do not give the same on a few positions.
+Gradients cannot be differentiated again.
 
 Dimensions: `n_heads` heads of width `d_head`.
 """
@@ -35,20 +36,35 @@ class FusedAttention:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """A context in which attention is fused, but where hooks look at scores or pattern."""
-        free = [part.original_component for part in self.parts if self.is_free(part)]
-        free = [attn for attn in free if "forward" not in vars(attn)]
-        for attn in free:
-            vars(attn)["forward"] = partial(_forward, attn, attn.forward)
+        """A context in which attention is fused where it is free."""
+        # Not again where a run goes on inside another.
+        parts = [part for part in self.parts if "forward" not in vars(part.original_component)]
+        for part in parts:
+            attn = part.original_component
+            vars(attn)["forward"] = partial(self._forward, part, attn.forward)
         try:
             yield
         finally:
-            for attn in free:
-                del vars(attn)["forward"]
+            for part in parts:
+                del vars(part.original_component)["forward"]
 
     def is_free(self, part: Module) -> bool:
-        """Whether no hook is at what the fused kernel does not have."""
-        return not (has_hook(part.hook_attn_scores) or has_hook(part.hook_pattern))
+        """Whether nothing is asked of attention now that the fused kernel does not have."""
+        is_seen = has_hook(part.hook_attn_scores) or has_hook(part.hook_pattern)
+        return not is_seen and _is_plain(part.original_component)
+
+    def _forward(
+        self,
+        part: Module,
+        eager: Callable[..., tuple[Tensor, Tensor]],
+        hidden_states: Float[Tensor, "batch pos d_model"],
+        attention_mask: Tensor | None = None,
+        position_ids: Int[Tensor, "batch pos"] | None = None,
+        **told: Any,  # what a bridge tells attention besides: the hook point of the pattern
+    ) -> tuple[Tensor, Tensor | None]:
+        if attention_mask is not None or not self.is_free(part):
+            return eager(hidden_states, attention_mask, position_ids, **told)
+        return fused_attention(part.original_component, hidden_states, position_ids), None
 
 
 def fused_attention(
@@ -79,20 +95,10 @@ def fused_attention(
 def _can_be_fused(attn: Module, cfg: Any) -> bool:  # `Any`: as the bridge has it
     return (
         type(attn).__name__ == "NativeAttention"
-        and attn.causal
-        and attn.attn_scores_soft_cap <= 0
+        and _is_plain(attn)
         and agree(partial(fused_attention, attn), lambda x: attn(x)[0], cfg, attn.q.weight)
     )
 
 
-def _forward(
-    attn: Module,
-    eager: Callable[..., tuple[Tensor, Tensor]],
-    hidden_states: Float[Tensor, "batch pos d_model"],
-    attention_mask: Tensor | None = None,
-    position_ids: Int[Tensor, "batch pos"] | None = None,
-    **told: Any,  # what a bridge tells attention besides: the hook point of the pattern
-) -> tuple[Tensor, Tensor | None]:
-    if attention_mask is not None:
-        return eager(hidden_states, attention_mask, position_ids, **told)
-    return fused_attention(attn, hidden_states, position_ids), None
+def _is_plain(attn: Module) -> bool:
+    return attn.causal and attn.attn_scores_soft_cap <= 0

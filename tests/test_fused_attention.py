@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify.fused_attention import FusedAttention
+from sparsify.fused_attention import FusedAttention, fused_attention
 from sparsify.hooked_model import HookedModel, Prefix
 
 pytestmark = pytest.mark.model
@@ -33,13 +33,6 @@ def tokens() -> Tensor:
     return torch.randint(32, (2, 16))
 
 
-def fused_parts(model: HookedModel) -> list[bool]:
-    """Of each block, whether its attention would be fused if the model ran now."""
-    assert model.fused_blocks is not None
-    with model.fused_blocks.installed():
-        return ["forward" in vars(block.attn.original_component) for block in model.model.blocks]
-
-
 def run(model: HookedModel, tokens: Tensor, **hooks: Any) -> tuple[Tensor, Tensor]:
     """The final residual stream, and the gradient of its norm with respect to a change inside."""
     scale = torch.full((12,), 1.5, requires_grad=True)
@@ -47,6 +40,20 @@ def run(model: HookedModel, tokens: Tensor, **hooks: Any) -> tuple[Tensor, Tenso
     resid = model.run(Prefix(tokens), hooks, 2)
     (grad,) = torch.autograd.grad(resid.norm(), scale)
     return resid.detach(), grad
+
+
+def fused_parts(model: HookedModel, tokens: Tensor, **hooks: Any) -> list[bool]:
+    """Of each block, whether its attention was fused in a run."""
+    fused: list[Any] = []
+
+    def counted(attn: Any, *rest: Any) -> Tensor:
+        fused.append(attn)
+        return fused_attention(attn, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparsify.fused_attention.fused_attention", counted)
+        run(model, tokens, **hooks)
+    return [block.attn.original_component in fused for block in model.model.blocks]
 
 
 @pytest.mark.parametrize(
@@ -61,14 +68,20 @@ def run(model: HookedModel, tokens: Tensor, **hooks: Any) -> tuple[Tensor, Tenso
 )
 def test_fused_attention_gives_the_same(settings: dict[str, Any], tokens: Tensor):
     model = build(**settings)
-    assert fused_parts(model) == [True, True]
+    assert fused_parts(model, tokens) == [True, True]
     fused = run(model, tokens)
     model.fused_blocks = None
     torch.testing.assert_close(fused, run(model, tokens), rtol=1e-5, atol=1e-5)
 
 
 def test_a_soft_cap_of_scores_is_kept(tokens: Tensor):
-    assert fused_parts(build(attn_scores_soft_cap=5.0)) == [False, False]
+    assert fused_parts(build(attn_scores_soft_cap=5.0), tokens) == [False, False]
+
+
+def test_a_soft_cap_that_is_set_later_is_kept(tokens: Tensor):
+    model = build()
+    model.model.blocks[0].attn.original_component.attn_scores_soft_cap = 5.0
+    assert fused_parts(model, tokens) == [False, True]
 
 
 def test_attention_that_computes_something_else_runs_as_it_is():
@@ -83,10 +96,24 @@ def test_attention_into_which_a_hook_looks_runs_as_it_is(name: str, tokens: Tens
     model = build()
     seen: list[Tensor] = []
     hooks = {f"blocks.0.attn.{name}": lambda act: seen.append(act) or act}
-    with model.hooked(hooks):
-        assert fused_parts(model) == [False, True]
-    run(model, tokens, **hooks)
-    assert seen[0].shape == (2, 3, 16, 16)
+    assert fused_parts(model, tokens, **hooks) == [False, True]
+    assert [act.shape for act in seen] == [(2, 3, 16, 16)]
+
+
+def test_a_run_inside_another_may_look_into_attention(tokens: Tensor):
+    model = build()
+    seen: list[Tensor] = []
+    hooks = {"blocks.1.attn.hook_pattern": lambda act: seen.append(act) or act}
+    inner = iter([True])
+
+    def run_another(act: Tensor) -> Tensor:
+        if next(inner, False):  # which comes here too
+            model.run(Prefix(tokens), hooks, 2)
+        return act
+
+    model.run(Prefix(tokens), {"blocks.0.hook_in": run_another}, 2)
+    assert len(seen) == 1
+    assert fused_parts(model, tokens) == [True, True]
 
 
 @pytest.mark.parametrize("name", ["hook_q", "hook_k", "hook_v", "hook_z", "hook_out"])
@@ -94,9 +121,7 @@ def test_other_hook_points_of_fused_attention_are_called(name: str, tokens: Tens
     model = build()
     seen: list[Tensor] = []
     hooks = {f"blocks.0.attn.{name}": lambda act: seen.append(act.clone()) or act}
-    with model.hooked(hooks):
-        assert fused_parts(model) == [True, True]
-    run(model, tokens, **hooks)
+    assert fused_parts(model, tokens, **hooks) == [True, True]
     model.fused_blocks = None
     run(model, tokens, **hooks)
     torch.testing.assert_close(seen[0], seen[1], rtol=1e-5, atol=1e-5)
