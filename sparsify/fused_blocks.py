@@ -61,17 +61,17 @@ class FusedBlocks:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """A context in which blocks are fused, but for those at whose inner parts hooks look."""
+        """A context in which blocks are fused where they are free."""
         # Switches may have been set since.
-        free = [block for block in self.blocks if block.is_free()] if self.is_plain() else []
+        blocks = self.blocks if self.is_plain() else []
         # A block that does nothing in this run is not touched.
-        free = [fused for fused in free if "forward" not in vars(fused.block)]
-        for fused in free:
+        blocks = [fused for fused in blocks if "forward" not in vars(fused.block)]
+        for fused in blocks:
             vars(fused.block)["forward"] = fused.forward
         try:
             yield
         finally:
-            for fused in free:
+            for fused in blocks:
                 del vars(fused.block)["forward"]
 
     def is_plain(self) -> bool:
@@ -97,17 +97,24 @@ class _FusedBlock:
 
     def agrees(self) -> bool:
         """Whether the fused block gives what TransformerLens's own gives, on a few positions."""
-        return agree(self.forward, self.block, self.block.cfg, self.block.mlp.W_in)
+        return agree(self.fused, self.block, self.block.cfg, self.block.mlp.W_in)
 
     def forward(
         self,
         resid_pre: Float[Tensor, "batch pos d_model"],
         **told: Any,  # what TransformerLens tells a block besides: caches, masks, positions
     ) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream behind the block, which runs as it is where it is not free."""
+        # Hooks may have come during the run.
+        if any(value is not None for value in told.values()) or not self.is_free():
+            return type(self.block).forward(self.block, resid_pre, **told)
+        return self.fused(resid_pre)
+
+    def fused(
+        self, resid_pre: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream behind the block."""
         block, mlp = self.block, self.block.mlp
-        if any(value is not None for value in told.values()):
-            return type(block).forward(block, resid_pre, **told)
         resid_pre = block.hook_resid_pre(resid_pre)
         attn_out = block.hook_attn_out(self.attention(fused_norm(block.ln1, resid_pre)))
         resid_mid = block.hook_resid_mid(resid_pre + attn_out)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from example_models import SIZES, with_other_parameters
 from torch import Tensor
 
 from sparsify.fused_attention import FusedAttention, fused_attention
@@ -11,7 +12,6 @@ from sparsify.hooked_model import HookedModel, Prefix
 
 pytestmark = pytest.mark.model
 
-SIZES = {"n_layers": 2, "d_model": 12, "n_heads": 3, "d_head": 4, "d_mlp": 20, "n_ctx": 16}
 RESID = "blocks.1.hook_in"
 
 
@@ -22,10 +22,7 @@ def build(**settings: Any) -> HookedModel:
     fields: dict[str, Any] = {**SIZES, "d_vocab": 32, "act_fn": "gelu", "seed": 0, **settings}
     config = TransformerBridgeConfig(**fields, architecture="TransformerLensNative")
     model = TransformerBridge.boot_native(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # biases and the weights of norms too
-            parameter += 0.3 * torch.randn_like(parameter)
-    return HookedModel(model.requires_grad_(False))
+    return with_other_parameters(model)
 
 
 @pytest.fixture

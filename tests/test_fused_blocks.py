@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from example_models import SIZES, with_other_parameters
 from torch import Tensor
 
-from sparsify.fused_blocks import ACTIVATIONS
+from sparsify.fused_blocks import ACTIVATIONS, _FusedBlock
 from sparsify.hooked_model import TLENS_HAS_HOOKED_TRANSFORMER, HookedModel, Prefix
 
 pytestmark = [
@@ -14,7 +15,6 @@ pytestmark = [
     pytest.mark.skipif(not TLENS_HAS_HOOKED_TRANSFORMER, reason="no HookedTransformer in 4.x"),
 ]
 
-SIZES = {"n_layers": 2, "d_model": 12, "n_heads": 3, "d_head": 4, "d_mlp": 20, "n_ctx": 16}
 RESID = "blocks.1.hook_resid_pre"
 
 
@@ -23,10 +23,7 @@ def build(**settings: Any) -> HookedModel:
 
     fields: dict[str, Any] = {**SIZES, "d_vocab": 32, "act_fn": "gelu", "seed": 0, **settings}
     model = HookedTransformer(HookedTransformerConfig(**fields)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # biases and the weights of norms too
-            parameter += 0.3 * torch.randn_like(parameter)
-    return HookedModel(model.requires_grad_(False))
+    return with_other_parameters(model)
 
 
 @pytest.fixture
@@ -51,10 +48,18 @@ def assert_fused_is_eager(model: HookedModel, tokens: Tensor, tolerance: float =
 
 
 def n_fused(model: HookedModel) -> int:
-    """Blocks that would be fused if the model ran now."""
-    assert model.fused_blocks is not None
-    with model.fused_blocks.installed():
-        return sum("forward" in vars(block) for block in model.model.blocks)
+    """Blocks that are fused in a run."""
+    blocks: list[_FusedBlock] = []
+    fused = _FusedBlock.fused
+
+    def counted(block: _FusedBlock, resid: Tensor) -> Tensor:
+        blocks.append(block)
+        return fused(block, resid)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_FusedBlock, "fused", counted)
+        model.run(Prefix(torch.zeros(1, 4, dtype=torch.long)), {}, 2)
+    return len(blocks)
 
 
 @pytest.mark.parametrize("act_fn", ACTIVATIONS)
@@ -149,6 +154,7 @@ def test_hook_points_of_fused_blocks_are_called(name: str, tokens: Tensor):
 
     with model.hooked({name: double}):
         assert n_fused(model) == 2
+    seen.clear()
     fused = model.run(Prefix(tokens), {name: double}, 2)
     model.fused_blocks = None
     eager = model.run(Prefix(tokens), {name: double}, 2)
@@ -172,6 +178,21 @@ def test_block_into_which_a_hook_looks_deeper_runs_as_it_is(name: str, tokens: T
     handle = model.model.blocks[0].mlp.register_forward_hook(lambda *_: None)
     assert n_fused(model) == 1
     handle.remove()
+    assert n_fused(model) == 2
+
+
+def test_a_run_inside_another_may_look_deeper(tokens: Tensor):
+    model = build()
+    seen: list[Tensor] = []
+    inner = iter([True])
+
+    def run_another(act: Tensor) -> Tensor:
+        if next(inner, False):  # which comes here too
+            model.run(Prefix(tokens), {"blocks.1.attn.hook_pattern": seen.append}, 2)
+        return act
+
+    model.run(Prefix(tokens), {"blocks.0.hook_resid_pre": run_another}, 2)
+    assert len(seen) == 1
     assert n_fused(model) == 2
 
 
