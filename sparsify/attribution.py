@@ -25,12 +25,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparsify.base_config import UserError
 from sparsify.edits import check_tokens
-from sparsify.hooked_model import HookedModel, Prefix
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.acts import SAEActs
 from sparsify.saes.base import SAE, eval_mode
+from sparsify.settings.base_config import UserError
+from sparsify.tlens.hooked_model import HookedModel, Prefix
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 
 from dotenv import find_dotenv, load_dotenv
 
-from sparsify.base_config import AnyConfig, UserError, load_config
-from sparsify.secrets import redact_secrets
+from sparsify.settings.base_config import AnyConfig, UserError, load_config
+from sparsify.settings.secrets import redact_secrets
 from sparsify.training.config import NEWEST_RUN
 
 EXIT_BAD_INPUT = 2

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import NonNegativeInt, model_validator
 
-from sparsify.base_config import Count, PositiveFinite
 from sparsify.loss_terms import CoeffTerm
+from sparsify.settings.base_config import Count, PositiveFinite
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,8 +5,6 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Discriminator, Tag, field_validator, model_validator
 
-from sparsify.base_config import TAG_MARK, BaseConfig, Name, listed, nearest
-from sparsify.hook_names import HookNames
 from sparsify.saes.config import (
     BatchTopKSAEConfig,
     CodebookSAEConfig,
@@ -18,6 +16,8 @@ from sparsify.saes.config import (
     TopKSAEConfig,
     TranscoderConfig,
 )
+from sparsify.settings.base_config import TAG_MARK, BaseConfig, Name, listed, nearest
+from sparsify.tlens.hook_names import HookNames
 
 
 class SAEPlacement(BaseConfig):

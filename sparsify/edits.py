@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sparsify.base_config import UserError
 from sparsify.interventions import Intervention
 from sparsify.saes.acts import SAEActs
+from sparsify.settings.base_config import UserError
 from sparsify.splicing import SAEDict
 
 Edit = Callable[[str, SAEActs], SAEActs]

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sparsify.base_config import UserError
+from sparsify.settings.base_config import UserError
 
 Indices = int | Sequence[int] | Int[Tensor, "..."]
 """One index or several. One that is given twice counts once."""

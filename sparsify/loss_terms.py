@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
-from sparsify.base_config import BaseConfig
-from sparsify.hook_names import HookNames
+from sparsify.settings.base_config import BaseConfig
+from sparsify.tlens.hook_names import HookNames
 
 if TYPE_CHECKING:
     from torch import Tensor

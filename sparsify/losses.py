@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import model_validator
 
-from sparsify.base_config import BaseConfig
 from sparsify.code_terms import AuxKLoss, PreActLoss, SparsityLoss
 from sparsify.loss_terms import (
     InToOrigLoss,
@@ -32,6 +31,7 @@ from sparsify.loss_terms import (
     OutToOrigLoss,
 )
 from sparsify.saes.config import SAEConfig
+from sparsify.settings.base_config import BaseConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

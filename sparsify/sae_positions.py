@@ -5,10 +5,10 @@ from math import prod
 
 from torch import nn
 
-from sparsify.base_config import UserError
-from sparsify.hook_names import check_hook_names
-from sparsify.hooked_model import HookedModel
 from sparsify.saes.config import SAEConfig, TranscoderConfig
+from sparsify.settings.base_config import UserError
+from sparsify.tlens.hook_names import check_hook_names
+from sparsify.tlens.hooked_model import HookedModel
 
 
 def reads_of(sae: SAEConfig, positions: list[str], sources: list[str]) -> dict[str, str]:

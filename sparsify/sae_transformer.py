@@ -9,11 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sparsify.base_config import UserError, validate_config
 from sparsify.edits import Edit, edit_of
 from sparsify.forward_plan import ForwardPlan
-from sparsify.hook_names import check_hook_names, stop_block
-from sparsify.hooked_model import Hook, HookedModel, Prefix, TLensModel
 from sparsify.interventions import Intervention
 from sparsify.runs import Runs
 from sparsify.sae_positions import act_widths, reads_of
@@ -21,8 +18,11 @@ from sparsify.saes.acts import SAEActs
 from sparsify.saes.base import eval_mode
 from sparsify.saes.build import build_sae
 from sparsify.saes.config import ReLUSAEConfig, SAEConfig
+from sparsify.settings.base_config import UserError, validate_config
 from sparsify.splicing import Acts, SAEDict, cache_hooks, check_fired, keep_hooks, splice_hooks
 from sparsify.step_runs import run_step
+from sparsify.tlens.hook_names import check_hook_names, stop_block
+from sparsify.tlens.hooked_model import Hook, HookedModel, Prefix, TLensModel
 
 
 class SAETransformer(nn.Module):

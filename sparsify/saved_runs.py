@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 
-from sparsify.base_config import UserError, read_yaml, validate_config
 from sparsify.config import SAETransformerConfig, Transcoders
-from sparsify.hook_names import matching_hook_names
-from sparsify.hooked_model import TLensModel
-from sparsify.model_loading import BUNDLED_MODELS, load_hooked_model
-from sparsify.native_model import MODEL_FILE
 from sparsify.sae_transformer import SAETransformer
+from sparsify.settings.base_config import UserError, read_yaml, validate_config
+from sparsify.tlens.hook_names import matching_hook_names
+from sparsify.tlens.hooked_model import TLensModel
+from sparsify.tlens.loading import BUNDLED_MODELS, load_hooked_model
+from sparsify.tlens.native_model import MODEL_FILE
 from sparsify.training.checkpoints import checkpoint_at, load_metadata, load_weights
 from sparsify.training.run_folder import CONFIG_FILE
 

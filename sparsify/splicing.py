@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sparsify.base_config import UserError
-from sparsify.hooked_model import Hook
 from sparsify.saes.acts import CacheActs, SAEActs
 from sparsify.saes.base import SAE
+from sparsify.settings.base_config import UserError
+from sparsify.tlens.hooked_model import Hook
 
 Acts = dict[str, SAEActs | CacheActs]
 

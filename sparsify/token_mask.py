@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import NonNegativeInt, model_validator
 
-from sparsify.base_config import BaseConfig, UserError
+from sparsify.settings.base_config import BaseConfig, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

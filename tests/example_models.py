@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from sparsify.hooked_model import HookedModel
+from sparsify.tlens.hooked_model import HookedModel
 
 SIZES = {"n_layers": 2, "d_model": 12, "n_heads": 3, "d_head": 4, "d_mlp": 20, "n_ctx": 16}
 

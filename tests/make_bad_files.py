@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsify.data.tokenizers import train_tokenizer
+from sparsify.tlens.tokenizers import train_tokenizer
 
 Change = Callable[[bytes], bytes]
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from sparsify import cli
-from sparsify.base_config import BaseConfig, UserError
 from sparsify.cli import run_script
+from sparsify.settings.base_config import BaseConfig, UserError
 
 
 class Settings(BaseConfig):

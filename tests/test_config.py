@@ -3,9 +3,9 @@ from typing import Any
 
 import pytest
 
-from sparsify.base_config import dump_yaml, load_config
 from sparsify.config import PLACED, ReLUSAEs, SAETransformerConfig, TopKSAEs
 from sparsify.saes.config import ReLUSAEConfig
+from sparsify.settings.base_config import dump_yaml, load_config
 
 SAES: dict[str, Any] = {"sae_positions": ["hook_resid_pre"], "dict_size_to_input_ratio": 2}
 

@@ -8,10 +8,10 @@ from example_saes import FIRST, KINDS, LAST, IdentitySAE, model_with
 from torch import Tensor
 
 from sparsify import SAETransformer, ablate, scale, set_to, steer
-from sparsify.base_config import UserError
 from sparsify.config import PLACED
 from sparsify.interventions import Intervention
 from sparsify.saes.acts import SAEActs
+from sparsify.settings.base_config import UserError
 
 pytestmark = pytest.mark.model
 

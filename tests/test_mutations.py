@@ -21,8 +21,14 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import sparsify.scripts.train_tlens_saes as scripts
-from sparsify.base_config import UserError, dump_yaml, load_config, read_yaml, validate_config
 from sparsify.scripts.train_tlens_saes.config import Config
+from sparsify.settings.base_config import (
+    UserError,
+    dump_yaml,
+    load_config,
+    read_yaml,
+    validate_config,
+)
 from sparsify.training.checkpoints import load_metadata, load_state, load_weights
 from sparsify.training.resume_points import load_checkpoint, save_checkpoint
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from sparsify.base_config import read_yaml, validate_config
 from sparsify.config import PLACED
 from sparsify.scripts.train_tlens_saes import run_kinds
 from sparsify.scripts.train_tlens_saes.config import Config
+from sparsify.settings.base_config import read_yaml, validate_config
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(ROOT.glob("sparsify/scripts/*/run_*.py"))

@@ -7,13 +7,13 @@ from example_saes import FailingSAE, IdentitySAE
 from torch import Tensor
 
 from sparsify import SAETransformer
-from sparsify.base_config import UserError
 from sparsify.evaluation.evaluate import evaluate
 from sparsify.forward_plan import derive_plan
 from sparsify.losses import LossConfig, total_loss
 from sparsify.saes.acts import CacheActs, SAEActs
 from sparsify.saes.base import SAE
 from sparsify.saes.config import ReLUSAEConfig
+from sparsify.settings.base_config import UserError
 
 pytestmark = pytest.mark.model
 

@@ -10,12 +10,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsify import SAETransformer
-from sparsify.architecture import Architecture
-from sparsify.base_config import UserError
 from sparsify.config import SAETransformerConfig
-from sparsify.data.tokenizers import train_tokenizer
-from sparsify.native_model import TrainableModel, save_language_model
 from sparsify.saved_runs import build_sae_transformer, load_saes, model_identity
+from sparsify.settings.base_config import UserError
+from sparsify.tlens.architecture import Architecture
+from sparsify.tlens.native_model import TrainableModel, save_language_model
+from sparsify.tlens.tokenizers import train_tokenizer
 
 pytestmark = pytest.mark.model
 

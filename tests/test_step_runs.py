@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsify.base_config import UserError
 from sparsify.forward_plan import derive_plan
 from sparsify.losses import LossConfig, total_loss
 from sparsify.runs import Runs
@@ -28,6 +27,7 @@ from sparsify.saes.gated import GatedSAE
 from sparsify.saes.linear import LinearSAE
 from sparsify.saes.matryoshka import MatryoshkaSAE
 from sparsify.saes.topk import TopKSAE
+from sparsify.settings.base_config import UserError
 
 pytestmark = pytest.mark.model
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsify.base_config import UserError
 from sparsify.evaluation.evaluate import evaluate
 from sparsify.forward_plan import derive_plan
 from sparsify.losses import LossConfig, total_loss
@@ -15,6 +14,7 @@ from sparsify.runs import Runs
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.acts import SAEActs
 from sparsify.saes.config import MatryoshkaSAEConfig, ReLUSAEConfig, SAEConfig
+from sparsify.settings.base_config import UserError
 from sparsify.token_mask import IgnoredTokens
 
 BOS = 7

@@ -5,7 +5,7 @@ from typing import Self
 
 from pydantic import model_validator
 
-from sparsify.base_config import BaseConfig, Count, Name, Seed
+from sparsify.settings.base_config import BaseConfig, Count, Name, Seed
 
 PYTHON_STDLIB = "python-stdlib"
 PYTHON_STDLIB_SPLITS = ("train", "validation")

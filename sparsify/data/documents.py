@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 from datasets import IterableDataset
 
-from sparsify.base_config import UserError
 from sparsify.data.faults import retried
 from sparsify.data.shard_rows import ShardRows
+from sparsify.settings.base_config import UserError
 
 Position = list[Any]
 """Place in a stream; what it holds is the stream's own business, but it is always plain data."""

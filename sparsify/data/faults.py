@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from huggingface_hub.errors import OfflineModeIsEnabled
 
-from sparsify.secrets import one_line
+from sparsify.settings.secrets import one_line
 
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds before each try after the first. One that succeeds lets the count begin anew."""

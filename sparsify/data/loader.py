@@ -17,11 +17,11 @@ from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
-from sparsify.base_config import UserError
 from sparsify.data.config import DataConfig
 from sparsify.data.documents import TextFiles
 from sparsify.data.sources import open_documents
 from sparsify.data.tokens import IdPacker, Pack, TextPacker, TokenSequences
+from sparsify.settings.base_config import UserError
 
 Row = Int32[np.ndarray, " pos"]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from datasets import IterableDataset
 
-from sparsify.base_config import UserError
 from sparsify.data.faults import Patience, is_transient
-from sparsify.secrets import one_line
+from sparsify.settings.base_config import UserError
+from sparsify.settings.secrets import one_line
 
 State = dict[str, Any]
 """What `datasets` needs to enter a shard again; its contents are its own business."""

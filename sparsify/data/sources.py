@@ -5,12 +5,12 @@ from pathlib import Path
 
 from datasets import Dataset, IterableDataset, load_dataset, load_dataset_builder
 
-from sparsify.base_config import UserError
 from sparsify.data.config import PYTHON_STDLIB, DataConfig, table_settings
 from sparsify.data.documents import CHUNK_DOCUMENTS, Documents, TableRows, TextFiles
 from sparsify.data.python_stdlib import iter_files
 from sparsify.data.tokens import check_length
-from sparsify.secrets import one_line
+from sparsify.settings.base_config import UserError
+from sparsify.settings.secrets import one_line
 
 _TABLE_SUFFIXES = {".parquet", ".jsonl", ".json"}
 _MAX_SHARDS = 1024

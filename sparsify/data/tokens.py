@@ -16,8 +16,8 @@ from jaxtyping import Int32
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from sparsify.base_config import UserError
 from sparsify.data.documents import Chunk, Documents, Position
+from sparsify.settings.base_config import UserError
 
 Sequences = Int32[np.ndarray, "sample pos"]
 Pack = Callable[[Chunk, list[int]], tuple[Sequences, list[int]]]

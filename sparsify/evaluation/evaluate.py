@@ -35,13 +35,13 @@ from sparsify.evaluation.metrics import (
     unexplained_per_token,
 )
 from sparsify.evaluation.results import Evaluation, PositionEvaluation
-from sparsify.hooked_model import HookedModel
 from sparsify.kernels.chunked import fast_chunk_size
 from sparsify.kernels.unembedding import Unembedding
 from sparsify.runs import NO_TARGET
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.acts import SAEActs
 from sparsify.saes.base import eval_mode
+from sparsify.tlens.hooked_model import HookedModel
 
 Kept = Callable[[Tensor], Tensor]
 """From the tokens of a batch to which of them count."""

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparsify.hook_names import first_block, stop_block
-from sparsify.hooked_model import Hook, Prefix
 from sparsify.sae_transformer import SAETransformer
+from sparsify.tlens.hook_names import first_block, stop_block
+from sparsify.tlens.hooked_model import Hook, Prefix
 
 
 class ForkedRuns:

@@ -26,13 +26,13 @@ from sparsify.evaluation.geometry import nearest_cosine
 from sparsify.evaluation.metrics import explained_variance, l2_ratio, squared_distance
 from sparsify.evaluation.results import Evaluation
 from sparsify.evaluation.suite_results import LaterError, PositionSuite, Suite
-from sparsify.hook_names import first_block
-from sparsify.hooked_model import Hook, Prefix
 from sparsify.kernels.chunked import chunked_kl
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.acts import SAEActs
 from sparsify.saes.base import eval_mode
 from sparsify.splicing import keep_hooks
+from sparsify.tlens.hook_names import first_block
+from sparsify.tlens.hooked_model import Hook, Prefix
 
 RANDOM_ERROR_SEED = 0
 

@@ -1,6 +1,5 @@
 """From the config of an SAE to the module."""
 
-from sparsify.base_config import UserError
 from sparsify.saes.base import SAE
 from sparsify.saes.batch_topk import BatchTopKSAE
 from sparsify.saes.codebook import CodebookSAE
@@ -23,7 +22,8 @@ from sparsify.saes.relu import ReLUSAE
 from sparsify.saes.relu_tied_bias import ReLUTiedBiasSAE
 from sparsify.saes.topk import TopKSAE
 from sparsify.saes.transcoder import Transcoder
-from sparsify.secrets import one_line
+from sparsify.settings.base_config import UserError
+from sparsify.settings.secrets import one_line
 
 
 def build_sae(config: SAEConfig, d_act: int, d_out: int | None = None) -> SAE:

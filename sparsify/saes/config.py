@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from sparsify.base_config import BaseConfig, Count, PositiveFinite
+from sparsify.settings.base_config import BaseConfig, Count, PositiveFinite
 
 
 class BaseSAEConfig(BaseConfig):

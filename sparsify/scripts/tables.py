@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from sparsify.base_config import UserError
+from sparsify.settings.base_config import UserError
 from sparsify.training.run_folder import write_text
 
 

@@ -1,8 +1,8 @@
 """Compiling what training computes."""
 
-from sparsify.base_config import UserError
 from sparsify.kernels.compiled import why_not_compiled
 from sparsify.sae_transformer import SAETransformer
+from sparsify.settings.base_config import UserError
 
 
 def compile_kernels(model: SAETransformer) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from sparsify.base_config import UserError
+from sparsify.settings.base_config import UserError
 from sparsify.training.config import TrainingConfig
 from sparsify.training.console import say
 from sparsify.training.memory import n_bytes

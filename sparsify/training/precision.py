@@ -2,8 +2,8 @@
 
 import torch
 
-from sparsify.base_config import UserError
 from sparsify.sae_transformer import SAETransformer
+from sparsify.settings.base_config import UserError
 
 
 def set_precision(model: SAETransformer, mixed: bool | None) -> bool:

@@ -14,10 +14,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsify.base_config import UserError
 from sparsify.data.config import DataConfig
 from sparsify.data.loader import TokenLoader
-from sparsify.secrets import redact_secrets
+from sparsify.settings.base_config import UserError
+from sparsify.settings.secrets import redact_secrets
 from sparsify.training.config import TrainingConfig
 from sparsify.training.memory import out_of_memory_message
 from sparsify.training.resume import folder_to_write_to

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sparsify.base_config import UserError, read_yaml, validate_config
-from sparsify.config_differences import differing_settings
-from sparsify.secrets import one_line
+from sparsify.settings.base_config import UserError, read_yaml, validate_config
+from sparsify.settings.differences import differing_settings
+from sparsify.settings.secrets import one_line
 from sparsify.training.checkpoints import STATE_NAME, WEIGHTS_NAME, numbered_files
 from sparsify.training.config import NEWEST_RUN, TrainingConfig
 from sparsify.training.console import say

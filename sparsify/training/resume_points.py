@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsify.base_config import UserError
+from sparsify.settings.base_config import UserError
 from sparsify.training.checkpoints import (
     STATE_NAME,
     load_state,

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from sparsify.base_config import BaseConfig, UserError, dump_yaml
+from sparsify.settings.base_config import BaseConfig, UserError, dump_yaml
 
 CONFIG_FILE = "final_config.yaml"
 METRICS_FILE = "metrics.jsonl"

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsify.base_config import UserError
+from sparsify.settings.base_config import UserError
 from sparsify.training.checkpoints import numbered_files
 from sparsify.training.console import say
 from sparsify.training.resume import resume_line

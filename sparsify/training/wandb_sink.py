@@ -12,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsify.base_config import UserError
-from sparsify.secrets import REDACTED, one_line, secrets_of_environment
+from sparsify.settings.base_config import UserError
+from sparsify.settings.secrets import REDACTED, one_line, secrets_of_environment
 from sparsify.training.config import TrainingConfig
 from sparsify.training.console import say
 from sparsify.training.run_folder import CONFIG_FILE

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from sparsify.data.tokenizers import train_tokenizer
+from sparsify.tlens.tokenizers import train_tokenizer
 
 WORDS = ["def", "return", "yield", "class", "import", "self", "value", "range", "print", "pass"]
 

@@ -2,8 +2,8 @@ from typing import Any
 
 import pytest
 
-from sparsify.base_config import UserError, validate_config
 from sparsify.data.config import DataConfig
+from sparsify.settings.base_config import UserError, validate_config
 
 
 @pytest.mark.parametrize(

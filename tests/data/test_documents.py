@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from sparsify.base_config import UserError
 from sparsify.data import documents
 from sparsify.data.documents import Chunk, Documents, TableRows, TextFiles, read_piece
+from sparsify.settings.base_config import UserError
 
 
 def read_all(source: Documents, seed: int = 0) -> list[Chunk]:

@@ -14,12 +14,12 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from sparsify.base_config import UserError
 from sparsify.data import documents, faults
 from sparsify.data.config import DataConfig
 from sparsify.data.documents import TableRows
 from sparsify.data.loader import TokenLoader, _ReportingSequences, build_loader
 from sparsify.data.tokens import TextPacker, TokenSequences
+from sparsify.settings.base_config import UserError
 
 Workers = Literal[0, 1]
 

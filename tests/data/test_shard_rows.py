@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from datasets import Dataset, IterableDataset
 
-from sparsify.base_config import UserError
 from sparsify.data import faults
 from sparsify.data.config import DataConfig
 from sparsify.data.documents import Chunk, Documents
 from sparsify.data.shard_rows import ShardRows
 from sparsify.data.sources import open_documents
+from sparsify.settings.base_config import UserError
 
 pytestmark = pytest.mark.fault
 

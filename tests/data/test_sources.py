@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from sparsify.base_config import UserError
 from sparsify.data import sources
 from sparsify.data.config import DataConfig
 from sparsify.data.sources import open_documents
+from sparsify.settings.base_config import UserError
 
 
 def read(name: Path | str, **fields: Any) -> list[Any]:

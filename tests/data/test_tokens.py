@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from sparsify.base_config import UserError
 from sparsify.data.documents import Chunk, Position
 from sparsify.data.tokens import IdPacker, Pack, TextPacker, TokenSequences
+from sparsify.settings.base_config import UserError
 
 
 class InOrder:

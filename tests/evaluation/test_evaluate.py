@@ -7,13 +7,13 @@ from example_saes import FailingSAE, IdentitySAE
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsify.base_config import UserError
 from sparsify.evaluation.evaluate import evaluate
 from sparsify.evaluation.results import Evaluation
 from sparsify.kernels.unembedding import Unembedding
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.acts import SAEActs
 from sparsify.saes.base import SAE
+from sparsify.settings.base_config import UserError
 
 pytestmark = pytest.mark.model
 

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from sparsify.base_config import UserError
 from sparsify.saes.build import build_sae
 from sparsify.saes.config import ReLUSAEConfig
 from sparsify.saes.relu import ReLUSAE
+from sparsify.settings.base_config import UserError
 
 
 def test_dictionary_size_is_rounded_down():

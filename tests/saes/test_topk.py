@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from sparsify.base_config import UserError
 from sparsify.kernels import sparse
 from sparsify.saes.build import build_sae
 from sparsify.saes.config import (
@@ -13,6 +12,7 @@ from sparsify.saes.config import (
     TranscoderConfig,
 )
 from sparsify.saes.topk import TopKSAE, keep_largest
+from sparsify.settings.base_config import UserError
 
 
 def tiny_sae(k: int, multi_k: int | None = None) -> TopKSAE:

@@ -16,10 +16,10 @@ from bad_settings import REMOVED, MakeText
 from make_bad_files import make_bad_files
 
 from sparsify import SAETransformer, saved_runs
-from sparsify.base_config import UserError
-from sparsify.model_loading import load_hooked_model
 from sparsify.scripts.train_tlens import run_train_tlens
 from sparsify.scripts.train_tlens_saes import run_train_tlens_saes
+from sparsify.settings.base_config import UserError
+from sparsify.tlens.loading import load_hooked_model
 
 from .conftest import write_yaml
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from sparsify import SAETransformer, saved_runs
 from sparsify.config import PLACED
-from sparsify.hooked_model import TLensModel
-from sparsify.model_loading import load_hooked_model
 from sparsify.saes.acts import SAEActs
 from sparsify.scripts.train_tlens_saes import train
 from sparsify.scripts.train_tlens_saes.run_train_tlens_saes import main
+from sparsify.tlens.hooked_model import TLensModel
+from sparsify.tlens.loading import load_hooked_model
 from sparsify.training import plots
 
 from .conftest import assert_same_end, run_in_one_piece, write_yaml

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
-from sparsify.base_config import UserError, load_config, read_yaml
 from sparsify.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED
 from sparsify.scripts.train_tlens_saes import processes, run_sweep
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.scripts.train_tlens_saes.sweep import load_sweep
+from sparsify.settings.base_config import UserError, load_config, read_yaml
 
 from .conftest import write_yaml
 

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sparsify import SAETransformer
-from sparsify.base_config import UserError
 from sparsify.evaluation.results import Evaluation
 from sparsify.losses import total_loss
 from sparsify.scripts.train_tlens_saes import train, trainer
 from sparsify.scripts.train_tlens_saes.run_train_tlens_saes import main
+from sparsify.settings.base_config import UserError
 from sparsify.training import sinks
 from sparsify.training.sink import Sink
 

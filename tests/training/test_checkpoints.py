@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsify.base_config import UserError
+from sparsify.settings.base_config import UserError
 from sparsify.training import checkpoints
 from sparsify.training.checkpoints import (
     latest_checkpoint,

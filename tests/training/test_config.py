@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from sparsify.base_config import dump_yaml
+from sparsify.settings.base_config import dump_yaml
 from sparsify.training.config import TrainingConfig
 
 FIELDS: dict[str, Any] = {"n_samples": 64, "batch_size": 4, "lr": 1e-3}

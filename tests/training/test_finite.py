@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sparsify.base_config import UserError
+from sparsify.settings.base_config import UserError
 from sparsify.training.finite import check_gradient, check_loss, check_weights
 
 pytestmark = pytest.mark.fault

@@ -3,12 +3,12 @@ from typing import Any
 import pytest
 import torch
 
-from sparsify.base_config import UserError
 from sparsify.forward_plan import ForwardPlan, derive_plan
 from sparsify.losses import LossConfig
 from sparsify.sae_transformer import SAETransformer
 from sparsify.scripts.benchmark.measure import OurStepper, build_model, peak_bytes
 from sparsify.scripts.benchmark.shapes import MODES, Shape
+from sparsify.settings.base_config import UserError
 from sparsify.training import memory
 from sparsify.training.memory import (
     check_memory,

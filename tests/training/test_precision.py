@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsify.hooked_model import HookedModel
 from sparsify.losses import LossConfig
 from sparsify.sae_transformer import SAETransformer
 from sparsify.scripts.benchmark.measure import OurStepper, build_model
 from sparsify.scripts.benchmark.shapes import MODES, Shape
+from sparsify.tlens.hooked_model import HookedModel
 from sparsify.training.precision import set_precision
 
 pytestmark = pytest.mark.model

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from sparsify.base_config import UserError
 from sparsify.data.config import DataConfig
 from sparsify.data.loader import TokenLoader, build_loader
+from sparsify.settings.base_config import UserError
 from sparsify.training import preflight
 from sparsify.training.config import TrainingConfig
 from sparsify.training.preflight import (

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsify.base_config import UserError
+from sparsify.settings.base_config import UserError
 from sparsify.training.resume import clear_what_came_after
 from sparsify.training.resume_points import Checkpoint, load_checkpoint, save_checkpoint
 

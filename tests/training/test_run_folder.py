@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsify.base_config import UserError, read_yaml
+from sparsify.settings.base_config import UserError, read_yaml
 from sparsify.training.config import TrainingConfig
 from sparsify.training.run_folder import (
     check_save_dir,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparsify.base_config import UserError
+from sparsify.settings.base_config import UserError
 from sparsify.training import saver as saver_module
 from sparsify.training.resume_points import load_checkpoint, save_checkpoint
 from sparsify.training.saver import CheckpointSaver

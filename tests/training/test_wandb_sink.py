@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from sparsify.base_config import UserError
+from sparsify.settings.base_config import UserError
 from sparsify.training.config import TrainingConfig
 from sparsify.training.run_folder import write_config
 from sparsify.training.saver import CheckpointSaver

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsify.hooked_model import TLensModel
 from sparsify.losses import LossConfig
 from sparsify.saes.base import SAE
+from sparsify.tlens.hooked_model import TLensModel
 
 
 class ReferenceStepper:

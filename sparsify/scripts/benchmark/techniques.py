@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.optim import Adam
 
-from sparsify.fused_attention import FusedAttention
-from sparsify.fused_blocks import FusedBlocks
-from sparsify.hooked_model import HookedModel, Prefix
 from sparsify.kernels.reference import full_kl
 from sparsify.kernels.sparse import _from_rows
 from sparsify.scripts.benchmark.shapes import TECHNIQUES
+from sparsify.tlens.fused_attention import FusedAttention
+from sparsify.tlens.fused_blocks import FusedBlocks
+from sparsify.tlens.hooked_model import HookedModel, Prefix
 
 
 def _norm_of_code(c: Tensor, d_act: int, p_norm: float) -> Tensor:

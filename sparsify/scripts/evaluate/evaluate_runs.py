@@ -9,16 +9,16 @@ from pathlib import Path
 from torch import Tensor
 
 from sparsify import SAETransformer
-from sparsify.base_config import UserError
 from sparsify.evaluation.geometry import DictionarySimilarity, compare_dictionaries
 from sparsify.evaluation.suite import evaluate_suite
 from sparsify.evaluation.suite_results import Suite
 from sparsify.evaluation.suite_table import format_similarities, format_suite
-from sparsify.model_loading import resolve_device
 from sparsify.saved_runs import model_identity
 from sparsify.scripts.evaluate.run_evaluate import SavedRun
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.scripts.train_tlens_saes.parts import kept_tokens, load_eval_batches
+from sparsify.settings.base_config import UserError
+from sparsify.tlens.loading import resolve_device
 from sparsify.training.checkpoints import WEIGHTS_NAME, checkpoint_at, load_weights
 from sparsify.training.run_folder import EVALUATION_FILE, write_text
 

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsify.base_config import UserError, read_yaml, validate_config
 from sparsify.cli import exit_code_of
 from sparsify.scripts.train_tlens_saes.config import Config
+from sparsify.settings.base_config import UserError, read_yaml, validate_config
 from sparsify.training.run_folder import CONFIG_FILE
 
 

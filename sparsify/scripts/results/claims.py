@@ -10,11 +10,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from sparsify.base_config import read_yaml
 from sparsify.evaluation.frontier import Curves, read_all, spread
 from sparsify.scripts.results.frontier import MIXES, point_of
 from sparsify.scripts.tables import markdown_table
 from sparsify.scripts.train_tlens_saes.jobs import Job, known_runs
+from sparsify.settings.base_config import read_yaml
 from sparsify.training.run_folder import CONFIG_FILE, EVALUATION_FILE, RESULT_FILE
 
 CE_INCREASE = 0.25

@@ -7,8 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsify.base_config import UserError
-from sparsify.config_differences import differing_settings
 from sparsify.evaluation.frontier import (
     Curve,
     Curves,
@@ -25,6 +23,8 @@ from sparsify.evaluation.frontier import (
 from sparsify.scripts.tables import markdown_table
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.scripts.train_tlens_saes.jobs import Job, known_runs
+from sparsify.settings.base_config import UserError
+from sparsify.settings.differences import differing_settings
 from sparsify.training.run_folder import RESULT_FILE, replace_atomically, write_text
 
 if TYPE_CHECKING:

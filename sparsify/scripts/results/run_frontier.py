@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparsify.base_config import UserError
 from sparsify.cli import exit_code_of
 from sparsify.scripts.results.frontier import write_frontier
 from sparsify.scripts.train_tlens_saes.sweep import load_sweep
+from sparsify.settings.base_config import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
-from sparsify.base_config import load_config
 from sparsify.cli import exit_code_of
 from sparsify.scripts.evaluate import run_evaluate
 from sparsify.scripts.results import claims
@@ -27,6 +26,7 @@ from sparsify.scripts.train_tlens_saes.jobs import (
 )
 from sparsify.scripts.train_tlens_saes.processes import add_processes_option, do_jobs
 from sparsify.scripts.train_tlens_saes.sweep import load_sweep
+from sparsify.settings.base_config import load_config
 
 FOLDER = Path(__file__).parent
 DOCS = FOLDER.parents[2] / "docs"

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from sparsify.base_config import dump_yaml
-from sparsify.native_model import TrainableModel
 from sparsify.scripts.train_tlens.config import Config
 from sparsify.scripts.train_tlens.evaluation import TextLoss
+from sparsify.settings.base_config import dump_yaml
+from sparsify.tlens.native_model import TrainableModel
 
 CARD_FILE = "README.md"
 

@@ -4,9 +4,9 @@ from typing import Self
 
 from pydantic import model_validator
 
-from sparsify.architecture import Architecture
-from sparsify.base_config import BaseConfig, Count, PositiveFinite
 from sparsify.data.config import DataConfig
+from sparsify.settings.base_config import BaseConfig, Count, PositiveFinite
+from sparsify.tlens.architecture import Architecture
 from sparsify.training.config import TrainingConfig
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sparsify.native_model import TrainableModel
+from sparsify.tlens.native_model import TrainableModel
 
 
 @dataclass(frozen=True)

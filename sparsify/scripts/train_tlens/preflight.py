@@ -1,8 +1,6 @@
 """What `--dry-run` checks before a language model is trained."""
 
 from sparsify.data.loader import check_tokenizer
-from sparsify.data.tokenizers import load_tokenizer
-from sparsify.native_model import TrainableModel
 from sparsify.scripts.train_tlens.config import Config
 from sparsify.scripts.train_tlens.train import (
     KEPT_SETTINGS,
@@ -11,6 +9,8 @@ from sparsify.scripts.train_tlens.train import (
     next_token_loss,
     open_data,
 )
+from sparsify.tlens.native_model import TrainableModel
+from sparsify.tlens.tokenizers import load_tokenizer
 from sparsify.training.disk import check_disk
 from sparsify.training.finite import check_loss
 from sparsify.training.memory import check_memory, n_bytes

@@ -16,13 +16,13 @@ from transformers import PreTrainedTokenizerBase
 from sparsify.data.config import DataConfig
 from sparsify.data.loader import TokenLoader, build_loader
 from sparsify.data.sources import open_documents
-from sparsify.data.tokenizers import load_tokenizer, train_tokenizer
 from sparsify.kernels.chunked import chunked_cross_entropy
-from sparsify.native_model import TrainableModel, save_language_model
 from sparsify.scripts.train_tlens.card import write_card
 from sparsify.scripts.train_tlens.config import Config
 from sparsify.scripts.train_tlens.evaluation import TextLoss, bytes_per_token, text_loss
 from sparsify.scripts.train_tlens.trigram import TrigramModel
+from sparsify.tlens.native_model import TrainableModel, save_language_model
+from sparsify.tlens.tokenizers import load_tokenizer, train_tokenizer
 from sparsify.training.cadence import Cadence
 from sparsify.training.disk import check_disk_at_start
 from sparsify.training.finite import check_gradient, check_loss, check_weights

@@ -4,10 +4,10 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from sparsify.base_config import Count
 from sparsify.config import SAETransformerConfig
 from sparsify.data.config import DataConfig
 from sparsify.losses import LossConfig, check_loss_suits_kind
+from sparsify.settings.base_config import Count
 from sparsify.token_mask import IgnoredTokens
 from sparsify.training.config import DeadElementsConfig, ResamplingConfig, TrainingConfig
 

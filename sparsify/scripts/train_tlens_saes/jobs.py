@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sparsify.base_config import UserError, dump_yaml, read_yaml, validate_config
 from sparsify.scripts.train_tlens_saes.config import Config
+from sparsify.settings.base_config import UserError, dump_yaml, read_yaml, validate_config
 from sparsify.training.run_folder import CONFIG_FILE, RESULT_FILE
 
 

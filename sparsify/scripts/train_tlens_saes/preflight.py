@@ -3,7 +3,6 @@
 from sparsify.data.loader import check_tokenizer
 from sparsify.forward_plan import derive_plan
 from sparsify.losses import total_loss
-from sparsify.model_loading import resolve_device
 from sparsify.saved_runs import add_saes, load_model
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.scripts.train_tlens_saes.parts import (
@@ -16,6 +15,7 @@ from sparsify.scripts.train_tlens_saes.parts import (
 )
 from sparsify.scripts.train_tlens_saes.train import find_checkpoint
 from sparsify.scripts.train_tlens_saes.trainer import Trainer
+from sparsify.tlens.loading import resolve_device
 from sparsify.training.compilation import compile_kernels
 from sparsify.training.disk import check_disk
 from sparsify.training.finite import check_loss

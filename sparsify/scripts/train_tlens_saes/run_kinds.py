@@ -14,13 +14,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsify.base_config import read_yaml, validate_config
 from sparsify.cli import exit_code_of
 from sparsify.config import PLACED
 from sparsify.scripts.tables import check_places, markdown_table, put_into
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.scripts.train_tlens_saes.jobs import Job, known_runs
 from sparsify.scripts.train_tlens_saes.processes import add_processes_option, do_jobs
+from sparsify.settings.base_config import read_yaml, validate_config
 from sparsify.training.run_folder import RESULT_FILE, write_text
 
 FOLDER = Path(__file__).parent

@@ -18,7 +18,9 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
-from sparsify.base_config import (
+from sparsify.scripts.train_tlens_saes.config import Config
+from sparsify.scripts.train_tlens_saes.jobs import Job
+from sparsify.settings.base_config import (
     BaseConfig,
     Count,
     Name,
@@ -27,8 +29,6 @@ from sparsify.base_config import (
     read_yaml,
     validate_config,
 )
-from sparsify.scripts.train_tlens_saes.config import Config
-from sparsify.scripts.train_tlens_saes.jobs import Job
 
 PROGRAM = "run_train_tlens_saes.py"
 PROGRAM_MACRO, ARGS_MACRO = "${program}", "${args}"

@@ -6,12 +6,12 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from sparsify.base_config import UserError
 from sparsify.evaluation.table import format_table
 from sparsify.saved_runs import check_identity, model_identity
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.scripts.train_tlens_saes.parts import open_parts
 from sparsify.scripts.train_tlens_saes.trainer import Trainer
+from sparsify.settings.base_config import UserError
 from sparsify.training.checkpoints import load_metadata, weights_path
 from sparsify.training.disk import check_disk_at_start
 from sparsify.training.interrupt import held_interrupt, interrupt_says

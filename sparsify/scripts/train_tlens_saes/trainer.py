@@ -12,10 +12,10 @@ from torch import Tensor
 from sparsify.evaluation.evaluate import evaluate
 from sparsify.evaluation.results import Evaluation
 from sparsify.losses import total_loss
-from sparsify.model_loading import resolve_device
 from sparsify.runs import Runs
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.scripts.train_tlens_saes.parts import Parts, kept_tokens, trained_parameters
+from sparsify.tlens.loading import resolve_device
 from sparsify.training.cadence import Cadence, Every
 from sparsify.training.coefficients import Coefficients
 from sparsify.training.dead_elements import DeadElements, resample

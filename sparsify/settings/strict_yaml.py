@@ -6,7 +6,7 @@ import yaml
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
-from sparsify.secrets import redact_secrets
+from sparsify.settings.secrets import redact_secrets
 
 MAX_CHARACTERS = 100_000
 MAX_NODES = 100_000

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from sparsify.architecture import Architecture
+from sparsify.tlens.architecture import Architecture
 
 SIZES: dict[str, Any] = {
     "n_layers": 2,

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from sparsify.base_config import UserError
-from sparsify.data.tokenizers import END_OF_TEXT, load_tokenizer, train_tokenizer
+from sparsify.settings.base_config import UserError
+from sparsify.tlens.tokenizers import END_OF_TEXT, load_tokenizer, train_tokenizer
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from sparsify.base_config import UserError
-from sparsify.secrets import one_line
+from sparsify.settings.base_config import UserError
+from sparsify.settings.secrets import one_line
 
 END_OF_TEXT = "<|endoftext|>"
 _BUNDLED = {"tiny-python": Path(__file__).parent.parent / "assets" / "tiny_python"}

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from sparsify.base_config import BaseConfig, Count, PositiveFinite
+from sparsify.settings.base_config import BaseConfig, Count, PositiveFinite
 
 
 class Architecture(BaseConfig):

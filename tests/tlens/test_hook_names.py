@@ -3,8 +3,8 @@ from typing import Any
 
 import pytest
 
-from sparsify.base_config import UserError
-from sparsify.hook_names import first_block, matching_hook_names, stop_block
+from sparsify.settings.base_config import UserError
+from sparsify.tlens.hook_names import first_block, matching_hook_names, stop_block
 
 pytestmark = pytest.mark.model
 

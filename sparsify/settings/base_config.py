@@ -24,9 +24,9 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from sparsify.config_help import explain_kinds
-from sparsify.secrets import redact_secrets
-from sparsify.strict_yaml import parse_yaml
+from sparsify.settings.kinds_help import explain_kinds
+from sparsify.settings.secrets import redact_secrets
+from sparsify.settings.strict_yaml import parse_yaml
 
 
 class UserError(ValueError):

@@ -20,11 +20,11 @@ from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge.sources.native.init import initialize_native_model
 from transformer_lens.model_bridge.sources.native.model import NativeAttention, NativeModel
 
-from sparsify.architecture import Architecture
-from sparsify.base_config import UserError, validate_config
-from sparsify.fused_attention import fused_attention
 from sparsify.kernels.unembedding import Unembedding
-from sparsify.secrets import one_line
+from sparsify.settings.base_config import UserError, validate_config
+from sparsify.settings.secrets import one_line
+from sparsify.tlens.architecture import Architecture
+from sparsify.tlens.fused_attention import fused_attention
 
 NATIVE = "TransformerLensNative"
 MODEL_FILE = "model.safetensors"

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsify.architecture import Architecture
-from sparsify.base_config import UserError
-from sparsify.native_model import (
+from sparsify.settings.base_config import UserError
+from sparsify.tlens.architecture import Architecture
+from sparsify.tlens.native_model import (
     CONFIG_FILE,
     MODEL_FILE,
     TrainableModel,

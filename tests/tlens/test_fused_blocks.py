@@ -7,8 +7,8 @@ import torch
 from example_models import SIZES, with_other_parameters
 from torch import Tensor
 
-from sparsify.fused_blocks import ACTIVATIONS, _FusedBlock
-from sparsify.hooked_model import TLENS_HAS_HOOKED_TRANSFORMER, HookedModel, Prefix
+from sparsify.tlens.fused_blocks import ACTIVATIONS, _FusedBlock
+from sparsify.tlens.hooked_model import TLENS_HAS_HOOKED_TRANSFORMER, HookedModel, Prefix
 
 pytestmark = [
     pytest.mark.model,

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator
 
-from sparsify.base_config import UserError, listed, nearest
+from sparsify.settings.base_config import UserError, listed, nearest
 
 # The bridge's own names for the ends of a block are `hook_in` and `hook_out`.
 BLOCK_START = ("hook_resid_pre", "hook_in")

@@ -28,11 +28,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sparsify.base_config import UserError
-from sparsify.fused_attention import FusedAttention
-from sparsify.fused_blocks import FusedBlocks, fused_norm
-from sparsify.hook_names import BLOCK_END, BLOCK_START
 from sparsify.kernels.unembedding import Unembedding
+from sparsify.settings.base_config import UserError
+from sparsify.tlens.fused_attention import FusedAttention
+from sparsify.tlens.fused_blocks import FusedBlocks, fused_norm
+from sparsify.tlens.hook_names import BLOCK_END, BLOCK_START
 
 Hook = Callable[[Tensor], Tensor | None]
 """Takes the activation at a hook point. What it returns, if anything, replaces the activation."""

@@ -10,20 +10,20 @@ import torch
 from transformer_lens.model_bridge.sources.native.model import NativeModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from sparsify.architecture import Architecture
-from sparsify.base_config import UserError, nearest
-from sparsify.data.tokenizers import load_tokenizer
-from sparsify.hooked_model import TLENS_HAS_HOOKED_TRANSFORMER, TLensModel
-from sparsify.native_model import (
+from sparsify.settings.base_config import UserError, nearest
+from sparsify.settings.secrets import one_line
+from sparsify.tlens.architecture import Architecture
+from sparsify.tlens.hooked_model import TLENS_HAS_HOOKED_TRANSFORMER, TLensModel
+from sparsify.tlens.native_model import (
     NATIVE,
     bridge_config,
     hooked_transformer_weights,
     load_native_model,
     tlens_settings,
 )
-from sparsify.secrets import one_line
+from sparsify.tlens.tokenizers import load_tokenizer
 
-BUNDLED_MODELS = {"tiny-python": Path(__file__).parent / "assets" / "tiny_python"}
+BUNDLED_MODELS = {"tiny-python": Path(__file__).parent.parent / "assets" / "tiny_python"}
 
 Processing = Literal["folded", "raw"]
 

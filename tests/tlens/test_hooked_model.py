@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify.base_config import UserError
-from sparsify.data.tokenizers import load_tokenizer, train_tokenizer
-from sparsify.hooked_model import TLENS_HAS_HOOKED_TRANSFORMER, HookedModel, Prefix
+from sparsify.settings.base_config import UserError
+from sparsify.tlens.hooked_model import TLENS_HAS_HOOKED_TRANSFORMER, HookedModel, Prefix
+from sparsify.tlens.tokenizers import load_tokenizer, train_tokenizer
 
 pytestmark = pytest.mark.model
 

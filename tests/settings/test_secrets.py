@@ -1,6 +1,6 @@
 import pytest
 
-from sparsify.secrets import one_line, redact_secrets
+from sparsify.settings.secrets import one_line, redact_secrets
 
 WANDB_KEY = "0123456789abcdef" * 3
 HF_TOKEN = "hf_" + "Zx9" * 10

@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify.architecture import Architecture
-from sparsify.base_config import UserError
-from sparsify.data.tokenizers import load_tokenizer, train_tokenizer
-from sparsify.hooked_model import TLENS_HAS_HOOKED_TRANSFORMER, HookedModel, Prefix
-from sparsify.model_loading import Processing, build_bridge, load_hooked_model
-from sparsify.native_model import TrainableModel, load_native_model, save_language_model
+from sparsify.settings.base_config import UserError
+from sparsify.tlens.architecture import Architecture
+from sparsify.tlens.hooked_model import TLENS_HAS_HOOKED_TRANSFORMER, HookedModel, Prefix
+from sparsify.tlens.loading import Processing, build_bridge, load_hooked_model
+from sparsify.tlens.native_model import TrainableModel, load_native_model, save_language_model
+from sparsify.tlens.tokenizers import load_tokenizer, train_tokenizer
 
 pytestmark = pytest.mark.model
 

@@ -7,8 +7,8 @@ import torch
 from example_models import SIZES, with_other_parameters
 from torch import Tensor
 
-from sparsify.fused_attention import FusedAttention, fused_attention
-from sparsify.hooked_model import HookedModel, Prefix
+from sparsify.tlens.fused_attention import FusedAttention, fused_attention
+from sparsify.tlens.hooked_model import HookedModel, Prefix
 
 pytestmark = pytest.mark.model
 
@@ -48,7 +48,7 @@ def fused_parts(model: HookedModel, tokens: Tensor, **hooks: Any) -> list[bool]:
         return fused_attention(attn, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparsify.fused_attention.fused_attention", counted)
+        patch.setattr("sparsify.tlens.fused_attention.fused_attention", counted)
         run(model, tokens, **hooks)
     return [block.attn.original_component in fused for block in model.model.blocks]
 

@@ -4,7 +4,7 @@ import time
 import pytest
 import yaml
 
-from sparsify.strict_yaml import MAX_NODES, parse_yaml
+from sparsify.settings.strict_yaml import MAX_NODES, parse_yaml
 
 
 def parse(text: str) -> object:

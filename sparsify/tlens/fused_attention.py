@@ -19,7 +19,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparsify.fused_blocks import Module, agree, has_hook
+from sparsify.tlens.fused_blocks import Module, agree, has_hook
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

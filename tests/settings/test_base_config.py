@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pytest
 from pydantic import PositiveFloat, PositiveInt
 
-from sparsify.base_config import (
+from sparsify.settings.base_config import (
     BaseConfig,
     UserError,
     dump_yaml,
@@ -264,10 +264,21 @@ def test_nearest_names_what_is_similar(name: str, shown: str):
     assert nearest(name, ["hook_resid_pre", "hook_resid_post"]) == shown
 
 
+CONFIGS = (
+    "sparsify.settings.base_config",
+    "sparsify.cli",
+    "sparsify.config",
+    "sparsify.tlens.architecture",
+    "sparsify.losses",
+    "sparsify.data.config",
+    "sparsify.training.config",
+    "sparsify.saes.config",
+)
+
+
 def test_configs_load_without_torch():
     code = (
-        "import sys, sparsify.base_config, sparsify.cli, sparsify.config, sparsify.architecture,"
-        " sparsify.losses, sparsify.data.config, sparsify.training.config, sparsify.saes.config;"
+        f"import sys, {', '.join(CONFIGS)};"
         " print(*sorted({'torch', 'transformers', 'datasets', 'transformer_lens', 'wandb',"
         " 'matplotlib'} & sys.modules.keys()))"
     )

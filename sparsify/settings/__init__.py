@@ -1,0 +1,1 @@
+"""Settings: frozen configs, strict YAML, the command line, secrets. Imports nothing heavy."""

@@ -1,0 +1,1 @@
+"""Loads and drives TransformerLens models: the only room that knows its versions."""
