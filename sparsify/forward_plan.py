@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sparsify.losses import LossConfig
+from sparsify.losses.loss import LossConfig
 from sparsify.settings.base_config import UserError
 from sparsify.tlens.hook_names import check_hook_names, first_block, stop_block
 from sparsify.tlens.hooked_model import HookedModel

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparsify.edits import Edit, edit_of
 from sparsify.forward_plan import ForwardPlan
 from sparsify.interventions import Intervention
-from sparsify.runs import Runs
+from sparsify.losses.passes import Runs
 from sparsify.sae_positions import act_widths, reads_of
 from sparsify.saes.acts import SAEActs
 from sparsify.saes.base import eval_mode

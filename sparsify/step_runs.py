@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsify.forward_plan import ForwardPlan
-from sparsify.runs import NO_TARGET, Runs
+from sparsify.losses.passes import NO_TARGET, Runs
 from sparsify.saes.acts import SAEActs
 from sparsify.splicing import Acts, Read, cache_hooks, keep_hooks, splice_hooks
 from sparsify.tlens.hooked_model import Prefix

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from sparsify.forward_plan import derive_plan
 from sparsify.kernels.unembedding import Unembedding
-from sparsify.losses import LossConfig, total_loss
+from sparsify.losses.loss import LossConfig, total_loss
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.acts import SAEActs
 from sparsify.settings.base_config import UserError

@@ -9,7 +9,7 @@ from torch import Tensor
 from sparsify import SAETransformer
 from sparsify.evaluation.evaluate import evaluate
 from sparsify.forward_plan import derive_plan
-from sparsify.losses import LossConfig, total_loss
+from sparsify.losses.loss import LossConfig, total_loss
 from sparsify.saes.acts import CacheActs, SAEActs
 from sparsify.saes.base import SAE
 from sparsify.saes.config import ReLUSAEConfig

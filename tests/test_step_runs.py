@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsify.forward_plan import derive_plan
-from sparsify.losses import LossConfig, total_loss
-from sparsify.runs import Runs
+from sparsify.losses.loss import LossConfig, total_loss
+from sparsify.losses.passes import Runs
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.base import SAE
 from sparsify.saes.config import (

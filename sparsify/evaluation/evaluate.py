@@ -37,7 +37,7 @@ from sparsify.evaluation.metrics import (
 from sparsify.evaluation.results import Evaluation, PositionEvaluation
 from sparsify.kernels.chunked import fast_chunk_size
 from sparsify.kernels.unembedding import Unembedding
-from sparsify.runs import NO_TARGET
+from sparsify.losses.passes import NO_TARGET
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.acts import SAEActs
 from sparsify.saes.base import eval_mode

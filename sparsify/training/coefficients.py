@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.losses import LossConfig
-from sparsify.runs import Runs
+from sparsify.losses.loss import LossConfig
+from sparsify.losses.passes import Runs
 
 FAST, SLOW = 10, 50
 """Steps over which the two running means of log L0 are taken; they differ by its trend."""

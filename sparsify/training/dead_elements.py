@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sparsify.evaluation.firing import FiringCounter
-from sparsify.runs import Runs
+from sparsify.losses.passes import Runs
 from sparsify.saes.acts import SAEActs
 from sparsify.saes.base import SAE, NewElements
 from sparsify.training.config import DeadElementsConfig

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparsify.evaluation.firing import FiringCounter
-from sparsify.runs import Runs
+from sparsify.losses.passes import Runs
 from sparsify.sae_transformer import SAETransformer
 from sparsify.training.cadence import Every
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sparsify.forward_plan import derive_plan
-from sparsify.losses import LossConfig
+from sparsify.losses.loss import LossConfig
 from sparsify.sae_transformer import SAETransformer
 from sparsify.scripts.benchmark import floor, measure, techniques
 from sparsify.scripts.benchmark.reference_step import ReferenceStepper

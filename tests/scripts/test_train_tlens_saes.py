@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsify import SAETransformer
 from sparsify.evaluation.results import Evaluation
-from sparsify.losses import total_loss
+from sparsify.losses.loss import total_loss
 from sparsify.scripts.train_tlens_saes import train, trainer
 from sparsify.scripts.train_tlens_saes.run_train_tlens_saes import main
 from sparsify.settings.base_config import UserError

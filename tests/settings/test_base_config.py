@@ -269,7 +269,7 @@ CONFIGS = (
     "sparsify.cli",
     "sparsify.config",
     "sparsify.tlens.architecture",
-    "sparsify.losses",
+    "sparsify.losses.loss",
     "sparsify.data.config",
     "sparsify.training.config",
     "sparsify.saes.config",

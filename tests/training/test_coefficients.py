@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsify.losses import LossConfig, total_loss
-from sparsify.runs import Runs
+from sparsify.losses.loss import LossConfig, total_loss
+from sparsify.losses.passes import Runs
 from sparsify.saes.acts import SAEActs
 from sparsify.training.checkpoints import load_state, save_state
 from sparsify.training.coefficients import Coefficients, L0Controller

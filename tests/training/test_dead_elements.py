@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from sparsify.runs import Runs
+from sparsify.losses.passes import Runs
 from sparsify.saes.acts import SAEActs
 from sparsify.saes.base import SAE
 from sparsify.saes.batch_topk import BatchTopKSAE

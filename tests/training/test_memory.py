@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsify.forward_plan import ForwardPlan, derive_plan
-from sparsify.losses import LossConfig
+from sparsify.losses.loss import LossConfig
 from sparsify.sae_transformer import SAETransformer
 from sparsify.scripts.benchmark.measure import OurStepper, build_model, peak_bytes
 from sparsify.scripts.benchmark.shapes import MODES, Shape

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsify.losses import LossConfig
+from sparsify.losses.loss import LossConfig
 from sparsify.sae_transformer import SAETransformer
 from sparsify.scripts.benchmark.measure import OurStepper, build_model
 from sparsify.scripts.benchmark.shapes import MODES, Shape

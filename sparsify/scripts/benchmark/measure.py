@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from sparsify.forward_plan import derive_plan
-from sparsify.losses import LossConfig, total_loss
+from sparsify.losses.loss import LossConfig, total_loss
 from sparsify.sae_transformer import SAETransformer
 from sparsify.scripts.benchmark.floor import matmul_rate, step_flops, synchronize
 from sparsify.scripts.benchmark.reference_step import ReferenceStepper

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsify.losses import LossConfig
+from sparsify.losses.loss import LossConfig
 from sparsify.saes.base import SAE
 from sparsify.tlens.hooked_model import TLensModel
 

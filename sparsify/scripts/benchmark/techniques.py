@@ -42,7 +42,7 @@ _PLAIN_WAYS: dict[str, list[Any]] = {
             lambda parameters, lr, fused: Adam(parameters, lr=lr),
         ),
     ],
-    "sum-of-code": [patch("sparsify.loss_functions.sparsity", _norm_of_code)],
+    "sum-of-code": [patch("sparsify.losses.functions.sparsity", _norm_of_code)],
 }
 assert set(_PLAIN_WAYS) == set(TECHNIQUES)
 

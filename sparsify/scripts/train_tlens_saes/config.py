@@ -6,9 +6,9 @@ from pydantic import model_validator
 
 from sparsify.config import SAETransformerConfig
 from sparsify.data.config import DataConfig
-from sparsify.losses import LossConfig, check_loss_suits_kind
+from sparsify.losses.ignored_tokens import IgnoredTokens
+from sparsify.losses.loss import LossConfig, check_loss_suits_kind
 from sparsify.settings.base_config import Count
-from sparsify.token_mask import IgnoredTokens
 from sparsify.training.config import DeadElementsConfig, ResamplingConfig, TrainingConfig
 
 DEFAULT_ACT_FREQUENCY_N_TOKENS = 500_000

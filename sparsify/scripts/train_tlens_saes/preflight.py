@@ -2,7 +2,7 @@
 
 from sparsify.data.loader import check_tokenizer
 from sparsify.forward_plan import derive_plan
-from sparsify.losses import total_loss
+from sparsify.losses.loss import total_loss
 from sparsify.saved_runs import add_saes, load_model
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.scripts.train_tlens_saes.parts import (

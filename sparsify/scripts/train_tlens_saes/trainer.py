@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sparsify.evaluation.evaluate import evaluate
 from sparsify.evaluation.results import Evaluation
-from sparsify.losses import total_loss
-from sparsify.runs import Runs
+from sparsify.losses.loss import total_loss
+from sparsify.losses.passes import Runs
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.scripts.train_tlens_saes.parts import Parts, kept_tokens, trained_parameters
 from sparsify.tlens.loading import resolve_device

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparsify.kernels.unembedding import Unembedding
-from sparsify.losses import (
+from sparsify.losses.loss import (
     InToOrigLoss,
     LogitsKLLoss,
     LossConfig,
@@ -16,7 +16,7 @@ from sparsify.losses import (
     SparsityLoss,
     total_loss,
 )
-from sparsify.runs import Runs
+from sparsify.losses.passes import Runs
 from sparsify.saes.acts import CacheActs, SAEActs
 
 FIRST, SECOND, LATER = "blocks.0.hook_mlp_out", "blocks.1.hook_resid_pre", "blocks.2.hook_resid_pre"
@@ -248,7 +248,7 @@ def test_bad_loss_is_rejected(fields: dict[str, object], message: str):
 
 def test_configs_load_without_torch():
     code = (
-        "import sys, sparsify.losses, sparsify.saes.config; "
+        "import sys, sparsify.losses.loss, sparsify.saes.config; "
         "print([name for name in ('torch', 'transformers') if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

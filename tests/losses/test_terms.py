@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify.code_terms import SparsityLoss
 from sparsify.kernels.reference import full_cross_entropy
 from sparsify.kernels.unembedding import Unembedding
-from sparsify.loss_terms import CoeffSchedule, InToOrigLoss, NextTokenCELoss
-from sparsify.losses import LossConfig, check_loss_suits_kind, total_loss
-from sparsify.runs import NO_TARGET, Runs
+from sparsify.losses.code_terms import SparsityLoss
+from sparsify.losses.loss import LossConfig, check_loss_suits_kind, total_loss
+from sparsify.losses.passes import NO_TARGET, Runs
+from sparsify.losses.terms import CoeffSchedule, InToOrigLoss, NextTokenCELoss
 from sparsify.saes.acts import CacheActs, SAEActs
 from sparsify.saes.config import CodebookSAEConfig, ReLUSAEConfig, SAEConfig, TopKSAEConfig
 from sparsify.saes.jumprelu import JumpReLUSAE

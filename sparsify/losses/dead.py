@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsify.loss_functions import normalised_mse
+from sparsify.losses.functions import normalised_mse
 from sparsify.saes.acts import SAEActs
 from sparsify.saes.base import SAE
 from sparsify.saes.jumprelu import JumpReLUSAE

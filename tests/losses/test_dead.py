@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify.dead_losses import aux_k, pre_act
-from sparsify.losses import LossConfig, total_loss
-from sparsify.runs import Runs
+from sparsify.losses.dead import aux_k, pre_act
+from sparsify.losses.loss import LossConfig, total_loss
+from sparsify.losses.passes import Runs
 from sparsify.saes.acts import SAEActs
 from sparsify.saes.jumprelu import JumpReLUSAE
 from sparsify.saes.linear import LinearSAE

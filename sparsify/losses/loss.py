@@ -13,7 +13,7 @@ The total is the sum of coefficient times value over terms and positions:
 
 Coefficients are multiplied by schedules, `target_l0` and `balance_with`, mse at later hook points
 is divided by its variance if `normalised`, and for SAEs with other outputs (`Runs.others`) the
-errors of these are added. The terms are in `sparsify.loss_terms` and `sparsify.code_terms`.
+errors of these are added. The terms are in `terms.py` and `code_terms.py`.
 """
 
 from collections.abc import Callable
@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import model_validator
 
-from sparsify.code_terms import AuxKLoss, PreActLoss, SparsityLoss
-from sparsify.loss_terms import (
+from sparsify.losses.code_terms import AuxKLoss, PreActLoss, SparsityLoss
+from sparsify.losses.terms import (
     InToOrigLoss,
     LogitsKLLoss,
     LossTerm,
@@ -36,7 +36,7 @@ from sparsify.settings.base_config import BaseConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sparsify.runs import Runs
+    from sparsify.losses.passes import Runs
 
 Factor = Callable[[str, str], "float | Tensor"]
 """By term and position ("" if it has none): what its coefficient is multiplied by at the time."""

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import NonNegativeInt, model_validator
 
-from sparsify.loss_terms import CoeffTerm
+from sparsify.losses.terms import CoeffTerm
 from sparsify.settings.base_config import Count, PositiveFinite
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sparsify.runs import Runs
+    from sparsify.losses.passes import Runs
 
 
 class CodeTerm(CoeffTerm):
@@ -43,8 +43,8 @@ class SparsityLoss(CodeTerm):
     below its target."""
 
     def calc(self, runs: "Runs") -> "dict[str, Tensor]":
-        """See `sparsify.loss_functions.sparsity` and its neighbours."""
-        from sparsify.loss_functions import active_share, concave_sparsity, sparsity
+        """See `sparsify.losses.functions.sparsity` and its neighbours."""
+        from sparsify.losses.functions import active_share, concave_sparsity, sparsity
 
         values: dict[str, Tensor] = {}
         for position, acts in runs.sae_acts.items():
@@ -94,8 +94,8 @@ class AuxKLoss(CodeTerm):
     """Dead elements used on a token. null: half the width of the activation, as in the paper."""
 
     def calc(self, runs: "Runs") -> "dict[str, Tensor]":
-        """See `sparsify.dead_losses.aux_k`."""
-        from sparsify.dead_losses import aux_k
+        """See `sparsify.losses.dead.aux_k`."""
+        from sparsify.losses.dead import aux_k
 
         return {
             position: aux_k(runs.saes[position], acts, runs.dead[position], self.k)
@@ -109,8 +109,8 @@ class PreActLoss(CodeTerm):
     needs_dead: ClassVar[bool] = True
 
     def calc(self, runs: "Runs") -> "dict[str, Tensor]":
-        """See `sparsify.dead_losses.pre_act`."""
-        from sparsify.dead_losses import pre_act
+        """See `sparsify.losses.dead.pre_act`."""
+        from sparsify.losses.dead import pre_act
 
         return {
             position: pre_act(runs.saes[position], acts, runs.dead[position])

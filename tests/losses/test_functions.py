@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sparsify.loss_functions import mse, sparsity
+from sparsify.losses.functions import mse, sparsity
 
 EXPONENTS = [0.5, 1.0, 1.5, 2.0]
 

@@ -1,10 +1,10 @@
 """The terms that a loss is made of.
 
 Each is a config that says what it needs of the forward passes and can compute itself from them. To
-add one, write its class here, or in `sparsify.code_terms` if it is about the code, give it a field
-on `sparsify.losses.LossConfig` and a test with a value worked out by hand. Nothing else needs to
-change. The math is in `sparsify.loss_functions` and `sparsify.dead_losses`, which are imported when
-a loss is computed, so that a config can be read without loading torch.
+add one, write its class here, or in `code_terms.py` if it is about the code, give it a field on
+`sparsify.losses.loss.LossConfig` and a test with a value worked out by hand. Nothing else needs to
+change. The math is in `functions.py` and `dead.py`, which are imported when a loss is computed, so
+that a config can be read without loading torch.
 """
 
 from abc import ABC, abstractmethod
@@ -19,7 +19,7 @@ from sparsify.tlens.hook_names import HookNames
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sparsify.runs import Runs
+    from sparsify.losses.passes import Runs
 
 Coeff = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -109,8 +109,8 @@ class OutToInLoss(CoeffTerm):
     needs_spliced_run: ClassVar[bool] = False
 
     def calc(self, runs: "Runs") -> "dict[str, Tensor]":
-        """See `sparsify.loss_functions.mse`."""
-        from sparsify.loss_functions import mse
+        """See `sparsify.losses.functions.mse`."""
+        from sparsify.losses.functions import mse
 
         return {position: mse(acts.output, acts.target) for position, acts in runs.sae_acts.items()}
 
@@ -126,8 +126,8 @@ class OutToOrigLoss(CoeffTerm):
         return list(sae_positions)
 
     def calc(self, runs: "Runs") -> "dict[str, Tensor]":
-        """See `sparsify.loss_functions.mse`."""
-        from sparsify.loss_functions import mse
+        """See `sparsify.losses.functions.mse`."""
+        from sparsify.losses.functions import mse
 
         return {
             position: mse(acts.output, runs.orig_acts[position].detach())
@@ -172,8 +172,8 @@ class InToOrigLoss(LossTerm):
         return [position for position in self.hook_positions if position not in sae_positions]
 
     def calc(self, runs: "Runs") -> "dict[str, Tensor]":
-        """See `sparsify.loss_functions.mse` and `normalised_mse`."""
-        from sparsify.loss_functions import mse, normalised_mse
+        """See `sparsify.losses.functions.mse` and `normalised_mse`."""
+        from sparsify.losses.functions import mse, normalised_mse
 
         error = normalised_mse if self.normalised else mse
         return {
@@ -211,7 +211,7 @@ class NextTokenCELoss(CoeffTerm):
     def calc(self, runs: "Runs") -> "dict[str, Tensor]":
         """See `sparsify.kernels.chunked.chunked_cross_entropy`."""
         from sparsify.kernels.chunked import chunked_cross_entropy
-        from sparsify.runs import NO_TARGET
+        from sparsify.losses.passes import NO_TARGET
 
         assert runs.new_resid is not None
         assert runs.unembed is not None
