@@ -25,11 +25,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparsify.edits import check_tokens
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.acts import SAEActs
 from sparsify.saes.base import SAE, eval_mode
 from sparsify.settings.base_config import UserError
+from sparsify.splicing.edits import check_tokens
 from sparsify.tlens.hooked_model import HookedModel, Prefix
 
 

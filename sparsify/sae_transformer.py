@@ -9,17 +9,24 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sparsify.edits import Edit, edit_of
 from sparsify.forward_plan import ForwardPlan
-from sparsify.interventions import Intervention
 from sparsify.losses.passes import Runs
-from sparsify.sae_positions import act_widths, reads_of
 from sparsify.saes.acts import SAEActs
 from sparsify.saes.base import eval_mode
 from sparsify.saes.build import build_sae
 from sparsify.saes.config import ReLUSAEConfig, SAEConfig
 from sparsify.settings.base_config import UserError, validate_config
-from sparsify.splicing import Acts, SAEDict, cache_hooks, check_fired, keep_hooks, splice_hooks
+from sparsify.splicing.edits import Edit, edit_of
+from sparsify.splicing.hooks import (
+    Acts,
+    SAEDict,
+    cache_hooks,
+    check_fired,
+    keep_hooks,
+    splice_hooks,
+)
+from sparsify.splicing.interventions import Intervention
+from sparsify.splicing.positions import act_widths, reads_of
 from sparsify.step_runs import run_step
 from sparsify.tlens.hook_names import check_hook_names, stop_block
 from sparsify.tlens.hooked_model import Hook, HookedModel, Prefix, TLensModel

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from sparsify.forward_plan import ForwardPlan
 from sparsify.losses.passes import NO_TARGET, Runs
 from sparsify.saes.acts import SAEActs
-from sparsify.splicing import Acts, Read, cache_hooks, keep_hooks, splice_hooks
+from sparsify.splicing.hooks import Acts, Read, cache_hooks, keep_hooks, splice_hooks
 from sparsify.tlens.hooked_model import Prefix
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from sparsify import SAETransformer, ablate, scale
 from sparsify.attribution import Attribution, Attributions, attribute_logit
-from sparsify.interventions import Intervention
 from sparsify.kernels import sparse
 from sparsify.saes.config import TopKSAEConfig
 from sparsify.settings.base_config import UserError
+from sparsify.splicing.interventions import Intervention
 from sparsify.tlens.hooked_model import TLENS_HAS_HOOKED_TRANSFORMER
 from sparsify.tlens.loading import load_hooked_model
 

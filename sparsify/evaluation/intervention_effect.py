@@ -17,10 +17,10 @@ from torch import Tensor
 
 from sparsify.evaluation.evaluate import Kept, check_batch, prediction_sums
 from sparsify.evaluation.forked_runs import ForkedRuns
-from sparsify.interventions import Intervention
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.base import eval_mode
 from sparsify.settings.base_config import UserError
+from sparsify.splicing.interventions import Intervention
 
 
 @dataclass(frozen=True)

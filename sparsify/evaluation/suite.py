@@ -30,7 +30,7 @@ from sparsify.kernels.chunked import chunked_kl
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.acts import SAEActs
 from sparsify.saes.base import eval_mode
-from sparsify.splicing import keep_hooks
+from sparsify.splicing.hooks import keep_hooks
 from sparsify.tlens.hook_names import first_block
 from sparsify.tlens.hooked_model import Hook, Prefix
 

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from sparsify import SAETransformer, ablate, set_to, steer
 from sparsify.evaluation.evaluate import evaluate
 from sparsify.evaluation.intervention_effect import InterventionEffect, intervention_effect
-from sparsify.interventions import Intervention
 from sparsify.settings.base_config import UserError
+from sparsify.splicing.interventions import Intervention
 
 pytestmark = pytest.mark.model
 

@@ -19,10 +19,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sparsify.interventions import Intervention
 from sparsify.saes.acts import SAEActs
 from sparsify.settings.base_config import UserError
-from sparsify.splicing import SAEDict
+from sparsify.splicing.hooks import SAEDict
+from sparsify.splicing.interventions import Intervention
 
 Edit = Callable[[str, SAEActs], SAEActs]
 """`edit(position, acts)`: what is to be spliced in instead of what the SAE there made."""

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from sparsify import SAETransformer, ablate, scale, set_to, steer
 from sparsify.config import PLACED
-from sparsify.interventions import Intervention
 from sparsify.saes.acts import SAEActs
 from sparsify.settings.base_config import UserError
+from sparsify.splicing.interventions import Intervention
 
 pytestmark = pytest.mark.model
 

@@ -1,0 +1,1 @@
+"""Puts SAEs in place of activations, and changes what they write."""
