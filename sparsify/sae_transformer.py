@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sparsify.forward_plan import ForwardPlan
 from sparsify.losses.passes import Runs
 from sparsify.saes.acts import SAEActs
 from sparsify.saes.base import eval_mode
@@ -27,9 +26,10 @@ from sparsify.splicing.hooks import (
 )
 from sparsify.splicing.interventions import Intervention
 from sparsify.splicing.positions import act_widths, reads_of
-from sparsify.step_runs import run_step
 from sparsify.tlens.hook_names import check_hook_names, stop_block
 from sparsify.tlens.hooked_model import Hook, HookedModel, Prefix, TLensModel
+from sparsify.training.forward_passes import run_step
+from sparsify.training.forward_plan import ForwardPlan
 
 
 class SAETransformer(nn.Module):

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from sparsify import SAETransformer
 from sparsify.evaluation.evaluate import evaluate
-from sparsify.forward_plan import derive_plan
 from sparsify.losses.loss import LossConfig, total_loss
 from sparsify.saes.acts import CacheActs, SAEActs
 from sparsify.saes.base import SAE
 from sparsify.saes.config import ReLUSAEConfig
 from sparsify.settings.base_config import UserError
+from sparsify.training.forward_plan import derive_plan
 
 pytestmark = pytest.mark.model
 

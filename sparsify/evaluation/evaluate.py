@@ -23,7 +23,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsify.evaluation.firing import FiringCounter
 from sparsify.evaluation.forked_runs import ActSums, ForkedRuns, constant_hooks
 from sparsify.evaluation.metrics import (
     cross_entropy,
@@ -41,6 +40,7 @@ from sparsify.losses.passes import NO_TARGET
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.acts import SAEActs
 from sparsify.saes.base import eval_mode
+from sparsify.saes.firing import FiringCounter
 from sparsify.tlens.hooked_model import HookedModel
 
 Kept = Callable[[Tensor], Tensor]

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsify.evaluation.evaluate import Kept, evaluate
-from sparsify.evaluation.firing import FiringCounter
 from sparsify.evaluation.forked_runs import ForkedRuns
 from sparsify.evaluation.geometry import nearest_cosine
 from sparsify.evaluation.metrics import explained_variance, l2_ratio, squared_distance
@@ -30,6 +29,7 @@ from sparsify.kernels.chunked import chunked_kl
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.acts import SAEActs
 from sparsify.saes.base import eval_mode
+from sparsify.saes.firing import FiringCounter
 from sparsify.splicing.hooks import keep_hooks
 from sparsify.tlens.hook_names import first_block
 from sparsify.tlens.hooked_model import Hook, Prefix

@@ -14,10 +14,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sparsify.evaluation.firing import FiringCounter
 from sparsify.losses.passes import Runs
 from sparsify.saes.acts import SAEActs
 from sparsify.saes.base import SAE, NewElements
+from sparsify.saes.firing import FiringCounter
 from sparsify.training.config import DeadElementsConfig
 
 

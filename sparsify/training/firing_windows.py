@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sparsify.evaluation.firing import FiringCounter
 from sparsify.losses.passes import Runs
 from sparsify.sae_transformer import SAETransformer
+from sparsify.saes.firing import FiringCounter
 from sparsify.training.cadence import Every
 
 

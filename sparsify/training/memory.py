@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparsify.forward_plan import ForwardPlan
 from sparsify.kernels.chunked import fast_chunk_size, tile_size
 from sparsify.sae_transformer import SAETransformer
 from sparsify.settings.base_config import UserError
+from sparsify.training.forward_plan import ForwardPlan
 
 REMEDIES = {
     "model": "a smaller model",

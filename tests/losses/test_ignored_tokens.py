@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsify.evaluation.evaluate import evaluate
-from sparsify.forward_plan import derive_plan
 from sparsify.losses.ignored_tokens import IgnoredTokens
 from sparsify.losses.loss import LossConfig, total_loss
 from sparsify.losses.passes import Runs
@@ -16,6 +15,7 @@ from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.acts import SAEActs
 from sparsify.saes.config import MatryoshkaSAEConfig, ReLUSAEConfig, SAEConfig
 from sparsify.settings.base_config import UserError
+from sparsify.training.forward_plan import derive_plan
 
 BOS = 7
 TWO = ["blocks.1.hook_resid_pre", "blocks.1.hook_mlp_out"]

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 
-from sparsify.forward_plan import derive_plan
 from sparsify.losses.loss import LossConfig
 from sparsify.sae_transformer import SAETransformer
 from sparsify.scripts.benchmark import floor, measure, techniques
@@ -15,6 +14,7 @@ from sparsify.scripts.benchmark.run_benchmark import main
 from sparsify.scripts.benchmark.shapes import MODES, SHAPES, TECHNIQUES, Shape
 from sparsify.scripts.benchmark.techniques import switched_off
 from sparsify.tlens.hooked_model import TLENS_HAS_HOOKED_TRANSFORMER
+from sparsify.training.forward_plan import derive_plan
 
 pytestmark = pytest.mark.model
 

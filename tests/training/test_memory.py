@@ -3,13 +3,13 @@ from typing import Any
 import pytest
 import torch
 
-from sparsify.forward_plan import ForwardPlan, derive_plan
 from sparsify.losses.loss import LossConfig
 from sparsify.sae_transformer import SAETransformer
 from sparsify.scripts.benchmark.measure import OurStepper, build_model, peak_bytes
 from sparsify.scripts.benchmark.shapes import MODES, Shape
 from sparsify.settings.base_config import UserError
 from sparsify.training import memory
+from sparsify.training.forward_plan import ForwardPlan, derive_plan
 from sparsify.training.memory import (
     check_memory,
     estimate_memory,

@@ -4,8 +4,8 @@ import time
 
 import torch
 
-from sparsify.forward_plan import ForwardPlan
 from sparsify.scripts.benchmark.shapes import Shape
+from sparsify.training.forward_plan import ForwardPlan
 
 FORMULA = """\
 floor = floating-point operations of matrix products / measured rate of matrix products, where

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from sparsify.forward_plan import derive_plan
 from sparsify.losses.loss import LossConfig, total_loss
 from sparsify.sae_transformer import SAETransformer
 from sparsify.scripts.benchmark.floor import matmul_rate, step_flops, synchronize
@@ -22,6 +21,7 @@ from sparsify.scripts.benchmark.reference_step import ReferenceStepper
 from sparsify.scripts.benchmark.shapes import SHAPES, Shape
 from sparsify.tlens.hooked_model import TLENS_HAS_HOOKED_TRANSFORMER, TLensModel
 from sparsify.training.compilation import compile_kernels
+from sparsify.training.forward_plan import derive_plan
 from sparsify.training.optimizers import build_adam
 from sparsify.training.precision import set_precision
 from sparsify.training.steps import GradientStepper

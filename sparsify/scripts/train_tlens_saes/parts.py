@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerBase
 from sparsify.data.config import DataConfig
 from sparsify.data.loader import TokenLoader, build_loader
 from sparsify.evaluation.evaluate import Kept
-from sparsify.forward_plan import ForwardPlan, derive_plan
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saved_runs import build_sae_transformer
 from sparsify.scripts.train_tlens_saes.config import Config
@@ -19,6 +18,7 @@ from sparsify.tlens.hooked_model import TLensModel
 from sparsify.tlens.loading import resolve_device
 from sparsify.tlens.tokenizers import bos_token, load_tokenizer
 from sparsify.training.compilation import compile_kernels
+from sparsify.training.forward_plan import ForwardPlan, derive_plan
 from sparsify.training.precision import set_precision
 from sparsify.training.random_state import set_seed
 

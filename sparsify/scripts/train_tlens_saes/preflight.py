@@ -1,7 +1,6 @@
 """What `--dry-run` checks before SAEs are trained."""
 
 from sparsify.data.loader import check_tokenizer
-from sparsify.forward_plan import derive_plan
 from sparsify.losses.loss import total_loss
 from sparsify.saved_runs import add_saes, load_model
 from sparsify.scripts.train_tlens_saes.config import Config
@@ -19,6 +18,7 @@ from sparsify.tlens.loading import resolve_device
 from sparsify.training.compilation import compile_kernels
 from sparsify.training.disk import check_disk
 from sparsify.training.finite import check_loss
+from sparsify.training.forward_plan import derive_plan
 from sparsify.training.memory import check_memory, estimate_memory, explained_out_of_memory, remedy
 from sparsify.training.precision import set_precision
 from sparsify.training.preflight import (

@@ -13,11 +13,11 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsify.forward_plan import ForwardPlan
 from sparsify.losses.passes import NO_TARGET, Runs
 from sparsify.saes.acts import SAEActs
 from sparsify.splicing.hooks import Acts, Read, cache_hooks, keep_hooks, splice_hooks
 from sparsify.tlens.hooked_model import Prefix
+from sparsify.training.forward_plan import ForwardPlan
 
 if TYPE_CHECKING:
     from sparsify.sae_transformer import SAETransformer

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsify.forward_plan import derive_plan
 from sparsify.losses.loss import LossConfig, total_loss
 from sparsify.losses.passes import Runs
 from sparsify.sae_transformer import SAETransformer
@@ -28,6 +27,7 @@ from sparsify.saes.linear import LinearSAE
 from sparsify.saes.matryoshka import MatryoshkaSAE
 from sparsify.saes.topk import TopKSAE
 from sparsify.settings.base_config import UserError
+from sparsify.training.forward_plan import derive_plan
 
 pytestmark = pytest.mark.model
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from sparsify.evaluation.firing import FiringCounter
+from sparsify.saes.firing import FiringCounter
 
 C = torch.tensor([[[0.5, 0.0, 0.0], [0.1, 0.0, -2.0]]])
 

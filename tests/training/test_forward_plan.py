@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsify.forward_plan import derive_plan
 from sparsify.kernels.unembedding import Unembedding
 from sparsify.losses.loss import LossConfig, total_loss
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.acts import SAEActs
 from sparsify.settings.base_config import UserError
+from sparsify.training.forward_plan import derive_plan
 
 pytestmark = pytest.mark.model
 
