@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsify.evaluation.forked_runs import ActSums, ForkedRuns, constant_hooks
+from sparsify.evaluation.forked_passes import ActSums, ForkedRuns, constant_hooks
 from sparsify.evaluation.metrics import (
     cross_entropy,
     explained_variance,

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparsify.evaluation.evaluate import Kept, check_batch, prediction_sums
-from sparsify.evaluation.forked_runs import ForkedRuns
+from sparsify.evaluation.forked_passes import ForkedRuns
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.base import eval_mode
 from sparsify.settings.base_config import UserError

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsify.evaluation.evaluate import Kept, evaluate
-from sparsify.evaluation.forked_runs import ForkedRuns
+from sparsify.evaluation.forked_passes import ForkedRuns
 from sparsify.evaluation.geometry import nearest_cosine
 from sparsify.evaluation.metrics import explained_variance, l2_ratio, squared_distance
 from sparsify.evaluation.results import Evaluation

@@ -7,7 +7,7 @@ from example_saes import FIRST, KINDS, LAST, IdentitySAE, model_with
 from torch import Tensor
 
 from sparsify import SAETransformer, ablate, scale
-from sparsify.attribution import Attribution, Attributions, attribute_logit
+from sparsify.evaluation.attribution import Attribution, Attributions, attribute_logit
 from sparsify.kernels import sparse
 from sparsify.saes.config import TopKSAEConfig
 from sparsify.settings.base_config import UserError
