@@ -1,4 +1,4 @@
-"""Import path of `attribute_logit` that code in use has; `evaluation/attribution.py` is its home."""
+"""The import path of `attribute_logit` that is in use; its home is `evaluation/attribution.py`."""
 
 from sparsify.evaluation.attribution import Attribution, Attributions, attribute_logit
 

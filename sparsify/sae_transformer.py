@@ -229,7 +229,7 @@ class SAETransformer(nn.Module):
         Raises:
             UserError: There is no run, checkpoint or device, or they do not fit together.
         """
-        from sparsify.saved_runs import load_run
+        from sparsify.runs.saved import load_run
 
         return load_run(Path(path), device)
 

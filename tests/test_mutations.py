@@ -21,6 +21,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import sparsify.scripts.train_tlens_saes as scripts
+from sparsify.runs.checkpoints import load_checkpoint, save_checkpoint
+from sparsify.runs.weight_files import load_metadata, load_state, load_weights
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.settings.base_config import (
     UserError,
@@ -29,8 +31,6 @@ from sparsify.settings.base_config import (
     read_yaml,
     validate_config,
 )
-from sparsify.training.checkpoints import load_metadata, load_state, load_weights
-from sparsify.training.resume_points import load_checkpoint, save_checkpoint
 
 RECIPE = (Path(scripts.__path__[0]) / "tiny_python_e2e.yaml").read_bytes()
 MANIFEST, WEIGHTS, STATE = NAMES = ("checkpoint_8.json", "samples_8.safetensors", "state_8.pt")

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from sparsify.config import PLACED
+from sparsify.runs.config import PLACED
 from sparsify.scripts.train_tlens_saes import run_kinds
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.settings.base_config import read_yaml, validate_config

@@ -1,7 +1,7 @@
 """Configs of the SAE kinds. `sparsify.saes.build` turns one into a module.
 
 To add a kind, write its module, its config here and its place in `SAEConfig`, a line in
-`sparsify.saes.build`, and what a config of a run says of it in `sparsify.config`.
+`sparsify.saes.build`, and what a config of a run says of it in `sparsify.runs.config`.
 """
 
 from itertools import pairwise

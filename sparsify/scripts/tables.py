@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from sparsify.runs.run_folder import write_text
 from sparsify.settings.base_config import UserError
-from sparsify.training.run_folder import write_text
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -5,8 +5,8 @@ from typing import Literal, Self
 
 from pydantic import Field, NonNegativeInt, model_validator
 
+from sparsify.runs.run_folder import check_run_name
 from sparsify.settings.base_config import BaseConfig, Count, Name, PositiveFinite, Seed
-from sparsify.training.run_folder import check_run_name
 
 DEFAULT_MIN_LR_FACTOR = 0.1
 NEWEST_RUN = "newest"

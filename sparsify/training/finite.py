@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sparsify.runs.run_folder import replace_atomically
 from sparsify.settings.base_config import UserError
-from sparsify.training.run_folder import replace_atomically
 
 REMEDY = "set max_grad_norm and go on from a checkpoint, or start anew with a lower lr"
 

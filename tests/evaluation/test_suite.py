@@ -10,12 +10,12 @@ from example_saes import IdentitySAE
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsify.config import Transcoders
 from sparsify.evaluation.evaluate import evaluate
 from sparsify.evaluation.results import finite_or_none
 from sparsify.evaluation.suite import RunningVariance, evaluate_suite, later_hooks, random_errors
 from sparsify.evaluation.suite_results import PositionSuite, Suite
 from sparsify.evaluation.suite_table import format_suite
+from sparsify.runs.config import Transcoders
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.acts import SAEActs
 

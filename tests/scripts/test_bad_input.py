@@ -15,7 +15,8 @@ import yaml
 from bad_settings import REMOVED, MakeText
 from make_bad_files import make_bad_files
 
-from sparsify import SAETransformer, saved_runs
+from sparsify import SAETransformer
+from sparsify.runs import saved
 from sparsify.scripts.train_tlens import run_train_tlens
 from sparsify.scripts.train_tlens_saes import run_train_tlens_saes
 from sparsify.settings.base_config import UserError
@@ -62,7 +63,7 @@ CASES = {
 def _models_are_loaded_once() -> Iterator[None]:
     # Which takes half the time of what is refused after that.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saved_runs, "load_hooked_model", functools.cache(load_hooked_model))
+        patch.setattr(saved, "load_hooked_model", functools.cache(load_hooked_model))
         yield
 
 

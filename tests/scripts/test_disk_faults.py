@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from sparsify.runs.checkpoints import load_checkpoint
+from sparsify.runs.saver import CheckpointSaver
 from sparsify.scripts.train_tlens_saes import run_train_tlens_saes, train
 from sparsify.scripts.train_tlens_saes.run_train_tlens_saes import main
-from sparsify.training.resume_points import load_checkpoint
-from sparsify.training.saver import CheckpointSaver
 
 from .conftest import assert_same_end, run_in_one_piece, write_yaml
 
@@ -60,7 +60,7 @@ def quota(*limits: int | None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.Trainer, "on_device", limited)
         patch.setattr(CheckpointSaver, "save", save_at_once)
-        patch.setattr("sparsify.training.saver.RETRY_DELAYS_S", (0.0,))
+        patch.setattr("sparsify.runs.saver.RETRY_DELAYS_S", (0.0,))
         try:
             yield
         finally:

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from sparsify.training.checkpoints import numbered_files
-from sparsify.training.resume_points import MANIFEST_NAME, load_checkpoint
+from sparsify.runs.checkpoints import MANIFEST_NAME, load_checkpoint
+from sparsify.runs.weight_files import numbered_files
 
 from .conftest import assert_same_end, write_yaml
 

@@ -13,14 +13,14 @@ from example_saes import KINDS
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sparsify import SAETransformer, saved_runs
-from sparsify.config import PLACED
+from sparsify import SAETransformer
+from sparsify.runs import plots, saved
+from sparsify.runs.config import PLACED
 from sparsify.saes.acts import SAEActs
 from sparsify.scripts.train_tlens_saes import train
 from sparsify.scripts.train_tlens_saes.run_train_tlens_saes import main
 from sparsify.tlens.hooked_model import TLensModel
 from sparsify.tlens.loading import load_hooked_model
-from sparsify.training import plots
 
 from .conftest import assert_same_end, run_in_one_piece, write_yaml
 from .test_resume import stop_in_batch
@@ -81,7 +81,7 @@ def _what_takes_most_of_the_time_is_left_out() -> Iterator[None]:
             return load_hooked_model(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saved_runs, "load_hooked_model", load_once)
+        patch.setattr(saved, "load_hooked_model", load_once)
         # As where matplotlib is not installed: the picture takes four fifths of a run.
         patch.setattr(plots, "find_spec", lambda name: None)
         yield

@@ -143,7 +143,7 @@ def test_a_run_whose_checkpoint_would_not_fit_is_not_started(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr("sparsify.training.disk._free_disk", lambda _: 1000)
+    monkeypatch.setattr("sparsify.runs.disk._free_disk", lambda _: 1000)
     assert train_saes([str(write_yaml(tmp_path / "config.yaml", content))]) == 2
     assert "error: save_dir: the next checkpoint of the run would take" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -10,13 +10,13 @@ import pytest
 
 from sparsify.cli import EXIT_BAD_INPUT
 from sparsify.evaluation.frontier import Point, curves_of
+from sparsify.runs.run_folder import write_config
 from sparsify.scripts import tables
 from sparsify.scripts.results import claims, frontier, run_frontier, run_results
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.scripts.train_tlens_saes.run_train_tlens_saes import main as train
 from sparsify.scripts.train_tlens_saes.sweep import load_sweep
 from sparsify.settings.base_config import UserError, load_config
-from sparsify.training.run_folder import write_config
 
 from .conftest import write_yaml
 

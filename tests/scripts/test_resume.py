@@ -14,9 +14,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sparsify.runs.checkpoints import load_checkpoint
 from sparsify.scripts.train_tlens_saes import train
 from sparsify.scripts.train_tlens_saes.run_train_tlens_saes import main
-from sparsify.training.resume_points import load_checkpoint
 
 from .conftest import assert_same_end, run_in_one_piece, write_yaml
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from sparsify import SAETransformer
 from sparsify.evaluation.results import Evaluation
 from sparsify.losses.loss import total_loss
+from sparsify.runs import sinks
+from sparsify.runs.sink import Sink
 from sparsify.scripts.train_tlens_saes import train, trainer
 from sparsify.scripts.train_tlens_saes.run_train_tlens_saes import main
 from sparsify.settings.base_config import UserError
-from sparsify.training import sinks
-from sparsify.training.sink import Sink
 
 from .conftest import write_yaml
 

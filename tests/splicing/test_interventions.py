@@ -8,7 +8,7 @@ from example_saes import FIRST, KINDS, LAST, IdentitySAE, model_with
 from torch import Tensor
 
 from sparsify import SAETransformer, ablate, scale, set_to, steer
-from sparsify.config import PLACED
+from sparsify.runs.config import PLACED
 from sparsify.saes.acts import SAEActs
 from sparsify.settings.base_config import UserError
 from sparsify.splicing.interventions import Intervention

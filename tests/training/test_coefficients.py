@@ -6,8 +6,8 @@ import torch
 
 from sparsify.losses.loss import LossConfig, total_loss
 from sparsify.losses.passes import Runs
+from sparsify.runs.weight_files import load_state, save_state
 from sparsify.saes.acts import SAEActs
-from sparsify.training.checkpoints import load_state, save_state
 from sparsify.training.coefficients import Coefficients, L0Controller
 
 FIRST, SECOND = "blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre"

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from sparsify.losses.passes import Runs
+from sparsify.runs.weight_files import load_state, save_state
 from sparsify.saes.acts import SAEActs
 from sparsify.saes.base import SAE
 from sparsify.saes.batch_topk import BatchTopKSAE
@@ -20,7 +21,6 @@ from sparsify.saes.relu import ReLUSAE
 from sparsify.saes.relu_tied_bias import ReLUTiedBiasSAE
 from sparsify.saes.topk import TopKSAE
 from sparsify.saes.transcoder import Transcoder
-from sparsify.training.checkpoints import load_state, save_state
 from sparsify.training.config import DeadElementsConfig, ResamplingConfig
 from sparsify.training.dead_elements import DeadElements, resample
 from sparsify.training.optimizers import build_adam

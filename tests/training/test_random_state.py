@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sparsify.training.checkpoints import load_state, save_state, state_path
+from sparsify.runs.weight_files import load_state, save_state, state_path
 from sparsify.training.random_state import get_random_state, set_random_state, set_seed
 
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import LambdaLR
 
-from sparsify.training.checkpoints import load_state, save_state, state_path
+from sparsify.runs.weight_files import load_state, save_state, state_path
 from sparsify.training.optimizers import build_adam
 from sparsify.training.steps import GradientStepper, merge_rows
 

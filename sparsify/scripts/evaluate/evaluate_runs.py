@@ -13,14 +13,14 @@ from sparsify.evaluation.geometry import DictionarySimilarity, compare_dictionar
 from sparsify.evaluation.suite import evaluate_suite
 from sparsify.evaluation.suite_results import Suite
 from sparsify.evaluation.suite_table import format_similarities, format_suite
-from sparsify.saved_runs import model_identity
+from sparsify.runs.run_folder import EVALUATION_FILE, write_text
+from sparsify.runs.saved import model_identity
+from sparsify.runs.weight_files import WEIGHTS_NAME, checkpoint_at, load_weights
 from sparsify.scripts.evaluate.run_evaluate import SavedRun
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.scripts.train_tlens_saes.parts import kept_tokens, load_eval_batches
 from sparsify.settings.base_config import UserError
 from sparsify.tlens.loading import resolve_device
-from sparsify.training.checkpoints import WEIGHTS_NAME, checkpoint_at, load_weights
-from sparsify.training.run_folder import EVALUATION_FILE, write_text
 
 Pair = tuple[int, int, str]
 """Places of two runs in the list of all, and a hook point where both have an SAE."""

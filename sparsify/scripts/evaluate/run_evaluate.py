@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsify.cli import exit_code_of
+from sparsify.runs.run_folder import CONFIG_FILE
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.settings.base_config import UserError, read_yaml, validate_config
-from sparsify.training.run_folder import CONFIG_FILE
 
 
 @dataclass(frozen=True)

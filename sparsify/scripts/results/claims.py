@@ -11,11 +11,11 @@ from statistics import mean
 from typing import Any
 
 from sparsify.evaluation.frontier import Curves, read_all, spread
+from sparsify.runs.run_folder import CONFIG_FILE, EVALUATION_FILE, RESULT_FILE
 from sparsify.scripts.results.frontier import MIXES, point_of
 from sparsify.scripts.tables import markdown_table
 from sparsify.scripts.train_tlens_saes.jobs import Job, known_runs
 from sparsify.settings.base_config import read_yaml
-from sparsify.training.run_folder import CONFIG_FILE, EVALUATION_FILE, RESULT_FILE
 
 CE_INCREASE = 0.25
 """Where the runs of all mixes are compared."""
@@ -189,7 +189,7 @@ def finetune_table(sweeps: Mapping[str, Sequence[Job]]) -> list[str]:
 
 def checkpoint_name(run: Path) -> str:
     """What `run_evaluate.py` calls the newest checkpoint of a run."""
-    from sparsify.training.checkpoints import checkpoint_at
+    from sparsify.runs.weight_files import checkpoint_at
 
     return str(checkpoint_at(run))
 

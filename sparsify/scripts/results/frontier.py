@@ -20,12 +20,12 @@ from sparsify.evaluation.frontier import (
     read_all,
     spread,
 )
+from sparsify.runs.run_folder import RESULT_FILE, replace_atomically, write_text
 from sparsify.scripts.tables import markdown_table
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.scripts.train_tlens_saes.jobs import Job, known_runs
 from sparsify.settings.base_config import UserError
 from sparsify.settings.differences import differing_settings
-from sparsify.training.run_folder import RESULT_FILE, replace_atomically, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

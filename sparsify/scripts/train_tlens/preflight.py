@@ -1,6 +1,15 @@
 """What `--dry-run` checks before a language model is trained."""
 
 from sparsify.data.loader import check_tokenizer
+from sparsify.runs.disk import check_disk
+from sparsify.runs.preflight import (
+    Check,
+    check_long_enough,
+    common_checks,
+    run_checks,
+    time_steps,
+)
+from sparsify.runs.resume import checkpoint_to_go_on_from, explained_misfit
 from sparsify.scripts.train_tlens.config import Config
 from sparsify.scripts.train_tlens.train import (
     KEPT_SETTINGS,
@@ -11,17 +20,8 @@ from sparsify.scripts.train_tlens.train import (
 )
 from sparsify.tlens.native_model import TrainableModel
 from sparsify.tlens.tokenizers import load_tokenizer
-from sparsify.training.disk import check_disk
 from sparsify.training.finite import check_loss
 from sparsify.training.memory import check_memory, n_bytes
-from sparsify.training.preflight import (
-    Check,
-    check_long_enough,
-    common_checks,
-    run_checks,
-    time_steps,
-)
-from sparsify.training.resume import checkpoint_to_go_on_from, explained_misfit
 
 MAX_TOKENIZER_CHUNKS = 20
 """Of the training text, on which a tokenizer is trained to try it: 5 MB."""

@@ -17,6 +17,26 @@ from sparsify.data.config import DataConfig
 from sparsify.data.loader import TokenLoader, build_loader
 from sparsify.data.sources import open_documents
 from sparsify.kernels.chunked import chunked_cross_entropy
+from sparsify.runs.checkpoints import Checkpoint
+from sparsify.runs.disk import check_disk_at_start
+from sparsify.runs.interrupt import held_interrupt, interrupt_says
+from sparsify.runs.resume import (
+    checkpoint_to_go_on_from,
+    clear_what_came_after,
+    explained_misfit,
+    folder_to_write_to,
+    resume_line,
+)
+from sparsify.runs.run_folder import (
+    METRICS_FILE,
+    check_save_dir,
+    create_run_folder,
+    held_run_folder,
+    write_config,
+)
+from sparsify.runs.saver import CheckpointSaver
+from sparsify.runs.sink import Sink
+from sparsify.runs.sinks import open_sinks, report_early_end
 from sparsify.scripts.train_tlens.card import write_card
 from sparsify.scripts.train_tlens.config import Config
 from sparsify.scripts.train_tlens.evaluation import TextLoss, bytes_per_token, text_loss
@@ -24,30 +44,10 @@ from sparsify.scripts.train_tlens.trigram import TrigramModel
 from sparsify.tlens.native_model import TrainableModel, save_language_model
 from sparsify.tlens.tokenizers import load_tokenizer, train_tokenizer
 from sparsify.training.cadence import Cadence
-from sparsify.training.disk import check_disk_at_start
 from sparsify.training.finite import check_gradient, check_loss, check_weights
-from sparsify.training.interrupt import held_interrupt, interrupt_says
 from sparsify.training.optimizers import build_muon
 from sparsify.training.random_state import get_random_state, set_random_state, set_seed
-from sparsify.training.resume import (
-    checkpoint_to_go_on_from,
-    clear_what_came_after,
-    explained_misfit,
-    folder_to_write_to,
-    resume_line,
-)
-from sparsify.training.resume_points import Checkpoint
-from sparsify.training.run_folder import (
-    METRICS_FILE,
-    check_save_dir,
-    create_run_folder,
-    held_run_folder,
-    write_config,
-)
-from sparsify.training.saver import CheckpointSaver
 from sparsify.training.schedules import build_lr_schedulers
-from sparsify.training.sink import Sink
-from sparsify.training.sinks import open_sinks, report_early_end
 from sparsify.training.steps import GradientStepper
 
 MODEL_FOLDER = "model"

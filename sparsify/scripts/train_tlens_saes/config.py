@@ -4,10 +4,10 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from sparsify.config import SAETransformerConfig
 from sparsify.data.config import DataConfig
 from sparsify.losses.ignored_tokens import IgnoredTokens
 from sparsify.losses.loss import LossConfig, check_loss_suits_kind
+from sparsify.runs.config import SAETransformerConfig
 from sparsify.settings.base_config import Count
 from sparsify.training.config import DeadElementsConfig, ResamplingConfig, TrainingConfig
 

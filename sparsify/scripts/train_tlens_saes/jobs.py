@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sparsify.runs.run_folder import CONFIG_FILE, RESULT_FILE
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.settings.base_config import UserError, dump_yaml, read_yaml, validate_config
-from sparsify.training.run_folder import CONFIG_FILE, RESULT_FILE
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class KnownRuns:
     def begun(self, job: Job) -> Path | None:
         """The newest run of a job that can go on from a checkpoint. None: there is none."""
         # They load torch, for which --help is not to wait.
-        from sparsify.training.checkpoints import numbered_files
-        from sparsify.training.resume_points import MANIFEST_NAME
+        from sparsify.runs.checkpoints import MANIFEST_NAME
+        from sparsify.runs.weight_files import numbered_files
 
         runs = [run for run in self._runs(job) if numbered_files(run, MANIFEST_NAME)]
         return runs[-1] if runs else None

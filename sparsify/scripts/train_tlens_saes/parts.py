@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from sparsify.data.config import DataConfig
 from sparsify.data.loader import TokenLoader, build_loader
 from sparsify.evaluation.evaluate import Kept
+from sparsify.runs.saved import build_sae_transformer
 from sparsify.sae_transformer import SAETransformer
-from sparsify.saved_runs import build_sae_transformer
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.settings.base_config import UserError
 from sparsify.tlens.hooked_model import TLensModel

@@ -2,7 +2,16 @@
 
 from sparsify.data.loader import check_tokenizer
 from sparsify.losses.loss import total_loss
-from sparsify.saved_runs import add_saes, load_model
+from sparsify.runs.disk import check_disk
+from sparsify.runs.preflight import (
+    Check,
+    check_long_enough,
+    common_checks,
+    run_checks,
+    time_steps,
+)
+from sparsify.runs.resume import explained_misfit
+from sparsify.runs.saved import add_saes, load_model
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.scripts.train_tlens_saes.parts import (
     Parts,
@@ -16,20 +25,11 @@ from sparsify.scripts.train_tlens_saes.train import find_checkpoint
 from sparsify.scripts.train_tlens_saes.trainer import Trainer
 from sparsify.tlens.loading import resolve_device
 from sparsify.training.compilation import compile_kernels
-from sparsify.training.disk import check_disk
 from sparsify.training.finite import check_loss
 from sparsify.training.forward_plan import derive_plan
 from sparsify.training.memory import check_memory, estimate_memory, explained_out_of_memory, remedy
 from sparsify.training.precision import set_precision
-from sparsify.training.preflight import (
-    Check,
-    check_long_enough,
-    common_checks,
-    run_checks,
-    time_steps,
-)
 from sparsify.training.random_state import set_seed
-from sparsify.training.resume import explained_misfit
 
 
 def preflight(config: Config) -> bool:

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from sparsify.runs.interrupt import held_interrupt
+from sparsify.runs.run_folder import LOCK_FILE
 from sparsify.scripts.train_tlens_saes.jobs import Job, check_leaves_result, known_runs
-from sparsify.training.interrupt import held_interrupt
-from sparsify.training.run_folder import LOCK_FILE
 
 PROGRAM = Path(__file__).with_name("run_train_tlens_saes.py")
 POLL_SECONDS = 0.2

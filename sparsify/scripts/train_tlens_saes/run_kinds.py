@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from sparsify.cli import exit_code_of
-from sparsify.config import PLACED
+from sparsify.runs.config import PLACED
+from sparsify.runs.run_folder import RESULT_FILE, write_text
 from sparsify.scripts.tables import check_places, markdown_table, put_into
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.scripts.train_tlens_saes.jobs import Job, known_runs
 from sparsify.scripts.train_tlens_saes.processes import add_processes_option, do_jobs
 from sparsify.settings.base_config import read_yaml, validate_config
-from sparsify.training.run_folder import RESULT_FILE, write_text
 
 FOLDER = Path(__file__).parent
 RECIPES = FOLDER / "kinds"

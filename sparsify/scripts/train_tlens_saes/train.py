@@ -7,28 +7,18 @@ from functools import partial
 from pathlib import Path
 
 from sparsify.evaluation.table import format_table
-from sparsify.saved_runs import check_identity, model_identity
-from sparsify.scripts.train_tlens_saes.config import Config
-from sparsify.scripts.train_tlens_saes.parts import open_parts
-from sparsify.scripts.train_tlens_saes.trainer import Trainer
-from sparsify.settings.base_config import UserError
-from sparsify.training.checkpoints import load_metadata, weights_path
-from sparsify.training.disk import check_disk_at_start
-from sparsify.training.interrupt import held_interrupt, interrupt_says
-from sparsify.training.memory import (
-    explained_out_of_memory,
-    format_estimate,
-)
-from sparsify.training.plots import plot_training
-from sparsify.training.resume import (
+from sparsify.runs.checkpoints import Checkpoint
+from sparsify.runs.disk import check_disk_at_start
+from sparsify.runs.interrupt import held_interrupt, interrupt_says
+from sparsify.runs.plots import plot_training
+from sparsify.runs.resume import (
     checkpoint_to_go_on_from,
     clear_what_came_after,
     explained_misfit,
     folder_to_write_to,
     resume_line,
 )
-from sparsify.training.resume_points import Checkpoint
-from sparsify.training.run_folder import (
+from sparsify.runs.run_folder import (
     METRICS_FILE,
     RESULT_FILE,
     check_save_dir,
@@ -37,9 +27,19 @@ from sparsify.training.run_folder import (
     write_config,
     write_text,
 )
-from sparsify.training.saver import CheckpointSaver
-from sparsify.training.sink import Sink
-from sparsify.training.sinks import open_sinks, report_early_end
+from sparsify.runs.saved import check_identity, model_identity
+from sparsify.runs.saver import CheckpointSaver
+from sparsify.runs.sink import Sink
+from sparsify.runs.sinks import open_sinks, report_early_end
+from sparsify.runs.weight_files import load_metadata, weights_path
+from sparsify.scripts.train_tlens_saes.config import Config
+from sparsify.scripts.train_tlens_saes.parts import open_parts
+from sparsify.scripts.train_tlens_saes.trainer import Trainer
+from sparsify.settings.base_config import UserError
+from sparsify.training.memory import (
+    explained_out_of_memory,
+    format_estimate,
+)
 
 KEPT_SETTINGS = (
     "tlens_model_name",

@@ -13,6 +13,9 @@ from sparsify.evaluation.evaluate import evaluate
 from sparsify.evaluation.results import Evaluation
 from sparsify.losses.loss import total_loss
 from sparsify.losses.passes import Runs
+from sparsify.runs.checkpoints import Checkpoint
+from sparsify.runs.saver import CheckpointSaver
+from sparsify.runs.sink import Sink
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.scripts.train_tlens_saes.parts import Parts, kept_tokens, trained_parameters
 from sparsify.tlens.loading import resolve_device
@@ -25,10 +28,7 @@ from sparsify.training.firing_windows import FiringWindows
 from sparsify.training.memory import estimate_memory
 from sparsify.training.optimizers import build_adam
 from sparsify.training.random_state import get_random_state, set_random_state
-from sparsify.training.resume_points import Checkpoint
-from sparsify.training.saver import CheckpointSaver
 from sparsify.training.schedules import build_lr_schedulers
-from sparsify.training.sink import Sink
 from sparsify.training.steps import GradientStepper
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sparsify.training.console import say
-from sparsify.training.sink import Sink
+from sparsify.runs.console import say
+from sparsify.runs.sink import Sink
 
 SECONDS_BETWEEN_LINES = 10.0
 

@@ -12,12 +12,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsify.runs.console import say
+from sparsify.runs.run_folder import CONFIG_FILE
+from sparsify.runs.sink import Sink
 from sparsify.settings.base_config import UserError
 from sparsify.settings.secrets import REDACTED, one_line, secrets_of_environment
 from sparsify.training.config import TrainingConfig
-from sparsify.training.console import say
-from sparsify.training.run_folder import CONFIG_FILE
-from sparsify.training.sink import Sink
 
 if TYPE_CHECKING:
     from wandb import Run

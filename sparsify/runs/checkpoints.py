@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsify.settings.base_config import UserError
-from sparsify.training.checkpoints import (
+from sparsify.runs.run_folder import write_text
+from sparsify.runs.weight_files import (
     STATE_NAME,
     load_state,
     load_weights,
@@ -27,7 +27,7 @@ from sparsify.training.checkpoints import (
     state_path,
     weights_path,
 )
-from sparsify.training.run_folder import write_text
+from sparsify.settings.base_config import UserError
 
 MANIFEST_NAME = re.compile(r"checkpoint_(\d+)\.json")
 NUMBERED_NAME = re.compile(r"(?:checkpoint|samples|state)_(\d+)\.(?:json|safetensors|pt)")

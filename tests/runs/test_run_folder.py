@@ -4,9 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsify.settings.base_config import UserError, read_yaml
-from sparsify.training.config import TrainingConfig
-from sparsify.training.run_folder import (
+from sparsify.runs.run_folder import (
     check_save_dir,
     create_run_folder,
     held_run_folder,
@@ -14,6 +12,8 @@ from sparsify.training.run_folder import (
     write_config,
     write_text,
 )
+from sparsify.settings.base_config import UserError, read_yaml
+from sparsify.training.config import TrainingConfig
 
 
 def test_run_folders_of_one_second_differ(tmp_path: Path):
@@ -64,7 +64,7 @@ def test_config_is_written_as_it_can_be_loaded(tmp_path: Path):
 
 
 def test_a_folder_is_held_by_one_process(tmp_path: Path):
-    hold = "import sys, pathlib; from sparsify.training.run_folder import held_run_folder\n"
+    hold = "import sys, pathlib; from sparsify.runs.run_folder import held_run_folder\n"
     hold += "with held_run_folder(pathlib.Path(sys.argv[1])): print('held', flush=True); input()"
     command = [sys.executable, "-c", hold, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sparsify.runs.run_folder import replace_atomically
 from sparsify.settings.base_config import UserError
-from sparsify.training.run_folder import replace_atomically
 
 STATE_NAME = re.compile(r"state_(\d+)\.pt")
 WEIGHTS_NAME = re.compile(r"samples_(\d+)\.(safetensors|pt)")

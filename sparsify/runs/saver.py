@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
+from sparsify.runs.checkpoints import MANIFEST_NAME, save_checkpoint
+from sparsify.runs.console import say
+from sparsify.runs.resume import resume_line
+from sparsify.runs.run_folder import METRICS_FILE
+from sparsify.runs.sink import Sink
+from sparsify.runs.weight_files import numbered_files
 from sparsify.settings.base_config import UserError
-from sparsify.training.checkpoints import numbered_files
-from sparsify.training.console import say
-from sparsify.training.resume import resume_line
-from sparsify.training.resume_points import MANIFEST_NAME, save_checkpoint
-from sparsify.training.run_folder import METRICS_FILE
-from sparsify.training.sink import Sink
 
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds before each new try to write the last checkpoint of a run."""

@@ -16,12 +16,12 @@ from pathlib import Path
 
 from sparsify.data.config import DataConfig
 from sparsify.data.loader import TokenLoader
+from sparsify.runs.resume import folder_to_write_to
+from sparsify.runs.run_folder import check_save_dir
 from sparsify.settings.base_config import UserError
 from sparsify.settings.secrets import redact_secrets
 from sparsify.training.config import TrainingConfig
 from sparsify.training.memory import out_of_memory_message
-from sparsify.training.resume import folder_to_write_to
-from sparsify.training.run_folder import check_save_dir
 
 MAX_COUNT_SECONDS = 20.0
 """For which the samples of data are counted."""

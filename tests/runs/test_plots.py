@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsify.training.plots import collect_panels, plot_training
+from sparsify.runs.plots import collect_panels, plot_training
 
 METRICS: Sequence[Mapping[str, float | None]] = (
     {
@@ -51,7 +51,7 @@ def test_picture_is_drawn(tmp_path: Path):
 
 def test_without_matplotlib_there_is_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     _write(tmp_path, METRICS)
-    monkeypatch.setattr("sparsify.training.plots.find_spec", lambda _: None)
+    monkeypatch.setattr("sparsify.runs.plots.find_spec", lambda _: None)
     assert plot_training(tmp_path) is None
     assert not (tmp_path / "training.png").exists()
 

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import pytest
 from torch import nn
 
+from sparsify.runs.disk import check_disk, check_disk_at_start, estimate_disk
 from sparsify.settings.base_config import UserError
 from sparsify.training.config import TrainingConfig
-from sparsify.training.disk import check_disk, check_disk_at_start, estimate_disk
 
 
 class DiskSpace(NamedTuple):

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from sparsify.runs.console import say
+from sparsify.runs.run_folder import METRICS_FILE
+from sparsify.runs.sink import Sink
+from sparsify.runs.terminal_sink import TerminalSink
+from sparsify.runs.wandb_sink import WandbSink
 from sparsify.training.config import TrainingConfig
-from sparsify.training.console import say
-from sparsify.training.run_folder import METRICS_FILE
-from sparsify.training.sink import Sink
-from sparsify.training.terminal_sink import TerminalSink
-from sparsify.training.wandb_sink import WandbSink
 
 
 class CompositeSink(Sink):

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import torch
 
-from sparsify.config import SAETransformerConfig, Transcoders
+from sparsify.runs.config import SAETransformerConfig, Transcoders
+from sparsify.runs.run_folder import CONFIG_FILE
+from sparsify.runs.weight_files import checkpoint_at, load_metadata, load_weights
 from sparsify.sae_transformer import SAETransformer
 from sparsify.settings.base_config import UserError, read_yaml, validate_config
 from sparsify.tlens.hook_names import matching_hook_names
 from sparsify.tlens.hooked_model import TLensModel
 from sparsify.tlens.loading import BUNDLED_MODELS, load_hooked_model
 from sparsify.tlens.native_model import MODEL_FILE
-from sparsify.training.checkpoints import checkpoint_at, load_metadata, load_weights
-from sparsify.training.run_folder import CONFIG_FILE
 
 
 def build_sae_transformer(config: SAETransformerConfig, device: str) -> SAETransformer:

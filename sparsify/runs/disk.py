@@ -10,12 +10,12 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from sparsify.runs.console import say
+from sparsify.runs.resume import folder_to_write_to
+from sparsify.runs.run_folder import existing_parent
 from sparsify.settings.base_config import UserError
 from sparsify.training.config import TrainingConfig
-from sparsify.training.console import say
 from sparsify.training.memory import n_bytes
-from sparsify.training.resume import folder_to_write_to
-from sparsify.training.run_folder import existing_parent
 
 
 @dataclass(frozen=True)

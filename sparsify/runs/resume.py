@@ -7,19 +7,19 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sparsify.settings.base_config import UserError, read_yaml, validate_config
-from sparsify.settings.differences import differing_settings
-from sparsify.settings.secrets import one_line
-from sparsify.training.checkpoints import STATE_NAME, WEIGHTS_NAME, numbered_files
-from sparsify.training.config import NEWEST_RUN, TrainingConfig
-from sparsify.training.console import say
-from sparsify.training.resume_points import (
+from sparsify.runs.checkpoints import (
     MANIFEST_NAME,
     NUMBERED_NAME,
     Checkpoint,
     load_checkpoint,
 )
-from sparsify.training.run_folder import CONFIG_FILE, RESULT_FILE
+from sparsify.runs.console import say
+from sparsify.runs.run_folder import CONFIG_FILE, RESULT_FILE
+from sparsify.runs.weight_files import STATE_NAME, WEIGHTS_NAME, numbered_files
+from sparsify.settings.base_config import UserError, read_yaml, validate_config
+from sparsify.settings.differences import differing_settings
+from sparsify.settings.secrets import one_line
+from sparsify.training.config import NEWEST_RUN, TrainingConfig
 
 TEMPORARY_FILES = ".*.tmp"
 

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from sparsify.config import PLACED, ReLUSAEs, SAETransformerConfig, TopKSAEs
+from sparsify.runs.config import PLACED, ReLUSAEs, SAETransformerConfig, TopKSAEs
 from sparsify.saes.config import ReLUSAEConfig
 from sparsify.settings.base_config import dump_yaml, load_config
 

@@ -11,13 +11,13 @@ import psutil
 import pytest
 import torch
 
+from sparsify.runs.run_folder import write_config
+from sparsify.runs.saver import CheckpointSaver
+from sparsify.runs.sink import Sink
+from sparsify.runs.sinks import open_sinks
+from sparsify.runs.wandb_sink import WandbSink
 from sparsify.settings.base_config import UserError
 from sparsify.training.config import TrainingConfig
-from sparsify.training.run_folder import write_config
-from sparsify.training.saver import CheckpointSaver
-from sparsify.training.sink import Sink
-from sparsify.training.sinks import open_sinks
-from sparsify.training.wandb_sink import WandbSink
 
 CONFIG = TrainingConfig(n_samples=1000, batch_size=10, lr=1e-3, wandb_project="sparsify-test")
 KEY = "0123456789abcdef" * 3

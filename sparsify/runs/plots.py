@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsify.training.run_folder import METRICS_FILE, replace_atomically
+from sparsify.runs.run_folder import METRICS_FILE, replace_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

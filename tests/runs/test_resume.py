@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparsify.runs.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from sparsify.runs.resume import clear_what_came_after
 from sparsify.settings.base_config import UserError
-from sparsify.training.resume import clear_what_came_after
-from sparsify.training.resume_points import Checkpoint, load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.fault
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from sparsify.runs import saver as saver_module
+from sparsify.runs.checkpoints import load_checkpoint, save_checkpoint
+from sparsify.runs.saver import CheckpointSaver
+from sparsify.runs.sink import Sink
+from sparsify.runs.sinks import RunFolderSink
 from sparsify.settings.base_config import UserError
-from sparsify.training import saver as saver_module
-from sparsify.training.resume_points import load_checkpoint, save_checkpoint
-from sparsify.training.saver import CheckpointSaver
-from sparsify.training.sink import Sink
-from sparsify.training.sinks import RunFolderSink
 
 pytestmark = pytest.mark.fault
 

@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsify.settings.base_config import UserError
-from sparsify.training import checkpoints
-from sparsify.training.checkpoints import (
+from sparsify.runs import weight_files as checkpoints
+from sparsify.runs.weight_files import (
     latest_checkpoint,
     load_metadata,
     load_state,
@@ -15,6 +14,7 @@ from sparsify.training.checkpoints import (
     save_state,
     save_weights,
 )
+from sparsify.settings.base_config import UserError
 
 
 class _Hostile:

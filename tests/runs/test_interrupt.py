@@ -2,7 +2,7 @@ import signal
 
 import pytest
 
-from sparsify.training.interrupt import held_interrupt, interrupt_says
+from sparsify.runs.interrupt import held_interrupt, interrupt_says
 
 pytestmark = pytest.mark.fault
 

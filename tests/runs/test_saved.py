@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsify import SAETransformer
-from sparsify.config import SAETransformerConfig
-from sparsify.saved_runs import build_sae_transformer, load_saes, model_identity
+from sparsify.runs.config import SAETransformerConfig
+from sparsify.runs.saved import build_sae_transformer, load_saes, model_identity
 from sparsify.settings.base_config import UserError
 from sparsify.tlens.architecture import Architecture
 from sparsify.tlens.native_model import TrainableModel, save_language_model

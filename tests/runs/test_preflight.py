@@ -7,16 +7,16 @@ import torch
 
 from sparsify.data.config import DataConfig
 from sparsify.data.loader import TokenLoader, build_loader
-from sparsify.settings.base_config import UserError
-from sparsify.training import preflight
-from sparsify.training.config import TrainingConfig
-from sparsify.training.preflight import (
+from sparsify.runs import preflight
+from sparsify.runs.preflight import (
     Check,
     check_long_enough,
     check_wandb,
     run_checks,
     time_steps,
 )
+from sparsify.settings.base_config import UserError
+from sparsify.training.config import TrainingConfig
 
 
 def refuse() -> str:

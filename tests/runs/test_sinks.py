@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
+from sparsify.runs.sink import Sink
+from sparsify.runs.sinks import CompositeSink, RunFolderSink, open_sinks
+from sparsify.runs.terminal_sink import TerminalSink, watched_metrics
 from sparsify.training.config import TrainingConfig
-from sparsify.training.sink import Sink
-from sparsify.training.sinks import CompositeSink, RunFolderSink, open_sinks
-from sparsify.training.terminal_sink import TerminalSink, watched_metrics
 
 CONFIG = TrainingConfig(n_samples=1000, batch_size=10, lr=1e-3, wandb_project="sparsify-test")
 
@@ -102,7 +102,7 @@ def test_terminal_shows_speed_and_watched_numbers(
 @pytest.mark.parametrize("fails", [False, True])
 def test_sinks_are_closed_whatever_happens(fails: bool, monkeypatch: pytest.MonkeyPatch):
     recording = _RecordingSink()
-    monkeypatch.setattr("sparsify.training.sinks.WandbSink", lambda *_: recording)
+    monkeypatch.setattr("sparsify.runs.sinks.WandbSink", lambda *_: recording)
     try:
         with open_sinks(CONFIG, run_name="run", run_dir=None, n_ctx=8) as sink:
             sink.log({"loss": 1.0}, 1000)
