@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sparsify.losses.passes import Runs
 from sparsify.saes.acts import SAEActs
 from sparsify.saes.base import eval_mode
 from sparsify.saes.build import build_sae
@@ -28,8 +27,6 @@ from sparsify.splicing.interventions import Intervention
 from sparsify.splicing.positions import act_widths, reads_of
 from sparsify.tlens.hook_names import check_hook_names, stop_block
 from sparsify.tlens.hooked_model import Hook, HookedModel, Prefix, TLensModel
-from sparsify.training.forward_passes import run_step
-from sparsify.training.forward_plan import ForwardPlan
 
 
 class SAETransformer(nn.Module):
@@ -169,10 +166,6 @@ class SAETransformer(nn.Module):
         logits = self.hooked_model.run_with_logits(tokens, hooks)
         check_fired(others, acts)
         return logits, acts
-
-    def run(self, tokens: Int[Tensor, "batch pos"], plan: ForwardPlan) -> Runs:
-        """Both runs of a training step, as far as `plan` says; gradients reach the SAEs alone."""
-        return run_step(self, tokens, plan)
 
     # No inference mode: what a model extends or caches in a call must serve training too.
     @torch.no_grad()

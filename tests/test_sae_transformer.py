@@ -13,6 +13,7 @@ from sparsify.saes.acts import CacheActs, SAEActs
 from sparsify.saes.base import SAE
 from sparsify.saes.config import ReLUSAEConfig
 from sparsify.settings.base_config import UserError
+from sparsify.training.forward_passes import forward_passes
 from sparsify.training.forward_plan import derive_plan
 
 pytestmark = pytest.mark.model
@@ -98,7 +99,7 @@ def test_gradients_reach_the_saes_alone(tlens_model: Any, tokens: Tensor, positi
     model = build(tlens_model, positions)
     assert not any(parameter.requires_grad for parameter in tlens_model.parameters())
     plan = derive_plan(model, E2E)
-    loss, _ = total_loss(E2E, model.run(tokens, plan))
+    loss, _ = total_loss(E2E, forward_passes(model, tokens, plan))
     loss.backward()
     assert all(parameter.grad is None for parameter in tlens_model.parameters())
     for name, parameter in model.saes.named_parameters():
@@ -113,7 +114,7 @@ def test_no_hook_is_left_behind(tlens_model: Any, tokens: Tensor):
     model(tokens, cache_positions=["blocks.1.hook_resid_mid"])
     model.forward_raw(tokens)
     model.forward_raw(tokens, run_entire_model=False)
-    model.run(tokens, plan)
+    forward_passes(model, tokens, plan)
     model.generate(tokens, **GREEDY)
     assert n_hooks(tlens_model) == n_before
 
@@ -125,7 +126,7 @@ def test_no_hook_is_left_behind_an_exception(tlens_model: Any, tokens: Tensor):
     put_saes(model, FailingSAE)
     for call in (
         lambda: model(tokens),
-        lambda: model.run(tokens, plan),
+        lambda: forward_passes(model, tokens, plan),
         lambda: model.generate(tokens, **GREEDY),
     ):
         with pytest.raises(RuntimeError, match="out of memory"):
@@ -277,7 +278,7 @@ def test_saes_keep_their_precision_in_a_model_of_less(
     assert logits.dtype == torch.bfloat16
     assert {a.output.dtype for a in acts.values()} == {torch.float32}
     plan = derive_plan(model, E2E)
-    loss, values = total_loss(E2E, model.run(tokens, plan))
+    loss, values = total_loss(E2E, forward_passes(model, tokens, plan))
     assert all(value.isfinite() for value in values.values())
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.saes.parameters())

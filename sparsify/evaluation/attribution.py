@@ -1,4 +1,4 @@
-"""Which active elements a logit comes from: gradient times activation in the spliced run.
+"""Which active elements a logit comes from: gradient times activation in the spliced pass.
 
 With c_j the activation of element j on a token, and L a logit, or the difference of two,
 

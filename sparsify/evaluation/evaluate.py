@@ -1,9 +1,9 @@
 """Measures the SAEs of a model: how much the model loses with them, and how sparse they are.
 
 The batches are read twice. Two of the numbers compare with the mean activation over all tokens: the
-mean-ablated model, and the variance that an SAE explains. So a first pass collects the means; it
-stops at the last SAE. The second pass makes four runs of each batch, which share everything before
-the first SAE:
+mean-ablated model, and the variance that an SAE explains. So a first reading collects the means; it
+stops at the last SAE. The second reading makes four passes of each batch, which share everything
+before the first SAE:
 
     tokens ─ shared prefix ─┬─ raw
                             ├─ spliced: each SAE's output in its place
@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsify.evaluation.forked_passes import ActSums, ForkedRuns, constant_hooks
+from sparsify.evaluation.forked_passes import ActSums, ForkedPasses, constant_hooks
 from sparsify.evaluation.metrics import (
     cross_entropy,
     explained_variance,
@@ -82,9 +82,9 @@ def evaluate(
         )
     model.hooked_model.check_unembedding()
     with eval_mode(model):
-        runs = ForkedRuns(model)
-        means, n_tokens = _collect_means(runs, batches, kept, model.device)
-        measurement = _Measurement(runs, means, kept, model.device, chunk_size)
+        passes = ForkedPasses(model)
+        means, n_tokens = _collect_means(passes, batches, kept, model.device)
+        measurement = _Measurement(passes, means, kept, model.device, chunk_size)
         for tokens in batches:
             measurement.add(tokens)
         if measurement.n_tokens != n_tokens:
@@ -120,7 +120,7 @@ class _Means:
 
 
 def _collect_means(
-    runs: ForkedRuns,
+    passes: ForkedPasses,
     batches: Iterable[Int[Tensor, "_ _"]],
     kept: Kept | None,
     device: torch.device,
@@ -129,16 +129,16 @@ def _collect_means(
     raw, target = ActSums(), ActSums()
     n_tokens = 0
     for tokens in batches:
-        check_batch(runs.model, tokens)
+        check_batch(passes.model, tokens)
         on_device = tokens.to(device)
         counts = None if kept is None else kept(on_device)
         n_tokens += tokens.numel() if counts is None else int(counts.sum())
         with torch.no_grad():
-            prefix = runs.shared_prefix(on_device)
-            runs.suffix(prefix, raw.hooks(runs.positions, counts), runs.last_sae_stop)
-            if len(runs.positions) > 1:  # a single SAE reads the raw activation
+            prefix = passes.shared_prefix(on_device)
+            passes.suffix(prefix, raw.hooks(passes.positions, counts), passes.last_sae_stop)
+            if len(passes.positions) > 1:  # a single SAE reads the raw activation
                 add = partial(_add_target, target, counts)
-                runs.suffix(prefix, runs.splice_hooks(add), runs.last_sae_stop)
+                passes.suffix(prefix, passes.splice_hooks(add), passes.last_sae_stop)
     if n_tokens == 0:
         raise ValueError("batches: hold no tokens; give at least one batch")
     raw_means = raw.means(n_tokens, device)
@@ -150,25 +150,25 @@ def _add_target(sums: ActSums, counts: Tensor | None, position: str, acts: SAEAc
 
 
 class _Measurement:
-    """The sums of the second pass."""
+    """Sums of the second reading."""
 
     def __init__(
         self,
-        runs: ForkedRuns,
+        passes: ForkedPasses,
         means: _Means,
         kept: Kept | None,
         device: torch.device,
         chunk_size: int | None,
     ) -> None:
-        self.runs = runs
+        self.passes = passes
         self.means = means
         self.kept = kept
         self.device = device
         self.chunk_size = chunk_size
         self.n_samples = self.n_tokens = self.n_predictions = 0
         self.firings = {
-            position: FiringCounter(runs.saes.at(position).n_dict, device)
-            for position in runs.positions
+            position: FiringCounter(passes.saes.at(position).n_dict, device)
+            for position in passes.positions
         }
         # By name of what is summed and position, "" if it has none.
         self.sums: dict[tuple[str, str], float] = defaultdict(float)
@@ -186,14 +186,14 @@ class _Measurement:
                 sums[name, position] = value
 
         with torch.no_grad():
-            prefix = self.runs.shared_prefix(on_device)
+            prefix = self.passes.shared_prefix(on_device)
             resids = {
-                "raw": self.runs.suffix(prefix, {}),
-                "spliced": self.runs.suffix(prefix, self.runs.splice_hooks(observe)),
-                "zero_ablated": self.runs.suffix(prefix, constant_hooks(self.means.zeros)),
-                "mean_ablated": self.runs.suffix(prefix, constant_hooks(self.means.raw)),
+                "raw": self.passes.suffix(prefix, {}),
+                "spliced": self.passes.suffix(prefix, self.passes.splice_hooks(observe)),
+                "zero_ablated": self.passes.suffix(prefix, constant_hooks(self.means.zeros)),
+                "mean_ablated": self.passes.suffix(prefix, constant_hooks(self.means.raw)),
             }
-            unembed = self.runs.model.unembed
+            unembed = self.passes.model.unembed
             of_logits = prediction_sums(resids, on_device, unembed, self.chunk_size, kept)
             sums |= {(name, ""): value for name, value in of_logits.items()}
             # One transfer from the device for all.
@@ -218,11 +218,12 @@ class _Measurement:
             ce_loss_mean_ablated=sums["ce_mean_ablated"] / self.n_predictions,
             logits_kl=sums["kl"] / self.n_tokens,
             top1_agreement=sums["top1_agreement"] / self.n_tokens,
-            positions={position: self._at(position) for position in self.runs.positions},
+            positions={position: self._at(position) for position in self.passes.positions},
         )
 
     def _at(self, position: str) -> PositionEvaluation:
-        sae, firings, n_tokens = self.runs.saes.at(position), self.firings[position], self.n_tokens
+        sae, firings = self.passes.saes.at(position), self.firings[position]
+        n_tokens = self.n_tokens
         sums = {name: value for (name, place), value in self.sums.items() if place == position}
         unexplained = sums["unexplained"] / n_tokens
         variance = (sums["unexplained_squared"] - n_tokens * unexplained**2) / (n_tokens - 1)
@@ -267,13 +268,13 @@ def prediction_sums(
 
     Args:
         resids: Final residual streams of each run, `raw` and `spliced` among them.
-        tokens: What the runs read. The last of a sequence has no cross-entropy.
+        tokens: What the passes read. The last of a sequence has no cross-entropy.
         unembed: Final norm and unembedding.
         chunk_size: Tokens in a chunk. None takes as many as are fast.
         kept: Tokens that count. None: all.
 
     Returns:
-        `ce_<run>` for each run, and `kl` and `top1_agreement` of the spliced run with the raw one.
+        `ce_<run>` for each run, and `kl` and `top1_agreement` of the spliced pass with the raw one.
     """
     targets = F.pad(tokens[:, 1:].long(), (0, 1), value=NO_TARGET).flatten()
     rows = {name: resid.flatten(end_dim=-2) for name, resid in resids.items()}

@@ -15,7 +15,7 @@ from sparsify.tlens.hook_names import first_block, stop_block
 from sparsify.tlens.hooked_model import Hook, Prefix
 
 
-class ForkedRuns:
+class ForkedPasses:
     """Runs what comes before the first SAE once, and the rest as often as is asked for."""
 
     def __init__(self, model: SAETransformer) -> None:
@@ -27,7 +27,7 @@ class ForkedRuns:
         self.last_sae_stop = max(map(stop_block, self.positions))
 
     def shared_prefix(self, tokens: Int[Tensor, "batch pos"]) -> Prefix:
-        """What all runs begin with."""
+        """What all passes begin with."""
         return self.model.prefix(tokens, self.start)
 
     def suffix(

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparsify.evaluation.evaluate import Kept, check_batch, prediction_sums
-from sparsify.evaluation.forked_passes import ForkedRuns
+from sparsify.evaluation.forked_passes import ForkedPasses
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.base import eval_mode
 from sparsify.settings.base_config import UserError
@@ -76,7 +76,7 @@ def intervention_effect(
         model: Model and SAEs, which all take part.
         batches: Token ids, of shape `batch pos`. Read once.
         interventions: Done to each sequence; their tokens are places in it.
-        add_error: Whether what SAEs do not reconstruct is added, in both runs with SAEs. The
+        add_error: Whether what SAEs do not reconstruct is added, in both passes with SAEs. The
             interventions then act on the model as it was.
         kept: Says which tokens count, a boolean for each. None: all.
         chunk_size: Tokens whose logits exist at a time. None takes as many as are fast.
@@ -88,21 +88,21 @@ def intervention_effect(
     """
     if not isinstance(interventions, Intervention) and not interventions:
         raise UserError("interventions: there are none; give at least one")
-    runs = ForkedRuns(model)
-    runs.model.check_unembedding()
+    passes = ForkedPasses(model)
+    passes.model.check_unembedding()
     sums: dict[str, float] = defaultdict(float)
     with eval_mode(model), torch.no_grad():
         for tokens in batches:
-            check_batch(runs.model, tokens)
+            check_batch(passes.model, tokens)
             on_device = tokens.to(model.device)
             every = torch.ones_like(on_device, dtype=torch.bool)
             counts = every if kept is None else kept(on_device)
             if not counts.any():
                 continue
-            resids = _final_resids(model, runs, on_device, interventions, add_error)
+            resids = _final_resids(model, passes, on_device, interventions, add_error)
             for name in ("raw", "spliced"):
                 pair = {"raw": resids[name], "spliced": resids["intervened"]}
-                of_pair = prediction_sums(pair, on_device, runs.model.unembed, chunk_size, counts)
+                of_pair = prediction_sums(pair, on_device, passes.model.unembed, chunk_size, counts)
                 sums[f"ce_{name}"] += of_pair["ce_raw"].item()
                 sums[f"kl_{name}"] += of_pair["kl"].item()
             sums["ce_intervened"] += of_pair["ce_spliced"].item()
@@ -113,19 +113,19 @@ def intervention_effect(
 
 def _final_resids(
     model: SAETransformer,
-    runs: ForkedRuns,
+    passes: ForkedPasses,
     tokens: Int[Tensor, "batch pos"],
     interventions: Sequence[Intervention] | Intervention,
     add_error: bool,
 ) -> dict[str, Float[Tensor, "batch pos d_model"]]:
-    prefix = runs.shared_prefix(tokens)
+    prefix = passes.shared_prefix(tokens)
 
     def spliced(changes: Sequence[Intervention] | Intervention) -> Tensor:
-        edit = model.edit(runs.positions, changes, add_error)
-        return runs.suffix(prefix, runs.splice_hooks(lambda position, acts: None, edit=edit))
+        edit = model.edit(passes.positions, changes, add_error)
+        return passes.suffix(prefix, passes.splice_hooks(lambda position, acts: None, edit=edit))
 
     return {
-        "raw": runs.suffix(prefix, {}),
+        "raw": passes.suffix(prefix, {}),
         "spliced": spliced(()),
         "intervened": spliced(interventions),
     }

@@ -10,7 +10,7 @@ from sparsify.evaluation.metrics import recovered_fraction
 
 @dataclass(frozen=True)
 class PositionEvaluation:
-    """One SAE, in the spliced run with all others. Over all tokens; see `metrics` for formulas.
+    """One SAE, in the spliced pass with all others. Over all tokens; see `metrics` for formulas.
 
     Its target is the activation in whose place it writes: what it reads, but for a transcoder.
     """

@@ -1,7 +1,7 @@
-"""All that sparsify measures of SAEs: `evaluate`, and what takes further runs or looks at weights.
+"""All that sparsify measures of SAEs: `evaluate`, and what takes more passes or looks at weights.
 
-A pass over the batches besides those of `evaluate` makes three runs of each, which share everything
-before the first SAE:
+In addition to what `evaluate` does, each batch is read once more, for three passes that share
+everything before the first SAE:
 
     tokens ─ shared prefix ─┬─ raw
                             ├─ spliced: each SAE's output in its place
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsify.evaluation.evaluate import Kept, evaluate
-from sparsify.evaluation.forked_passes import ForkedRuns
+from sparsify.evaluation.forked_passes import ForkedPasses
 from sparsify.evaluation.geometry import nearest_cosine
 from sparsify.evaluation.metrics import explained_variance, l2_ratio, squared_distance
 from sparsify.evaluation.results import Evaluation
@@ -57,10 +57,10 @@ def evaluate_suite(
     """
     evaluation = evaluate(model, batches, kept=kept)
     with eval_mode(model), torch.no_grad():
-        third_pass = _ThirdPass(model, kept)
+        third_reading = _ThirdReading(model, kept)
         for tokens in batches:
-            third_pass.add(tokens)
-        return third_pass.result(evaluation)
+            third_reading.add(tokens)
+        return third_reading.result(evaluation)
 
 
 def later_hooks(positions: Sequence[str], n_blocks: int) -> list[str]:
@@ -118,19 +118,19 @@ class RunningVariance:
         self.n += len(rows)
 
 
-class _ThirdPass:
-    """The sums of the pass that is not of `evaluate`."""
+class _ThirdReading:
+    """Sums of the reading that `evaluate` does not do."""
 
     def __init__(self, model: SAETransformer, kept: Kept | None) -> None:
-        self.runs = ForkedRuns(model)
+        self.passes = ForkedPasses(model)
         self.kept = kept
         self.device = model.device
         self.generator = torch.Generator().manual_seed(RANDOM_ERROR_SEED)
-        self.later = later_hooks(self.runs.positions, self.runs.model.n_blocks)
+        self.later = later_hooks(self.passes.positions, self.passes.model.n_blocks)
         self.variances = {hook: RunningVariance() for hook in self.later}
         self.firings = {
-            position: FiringCounter(self.runs.saes.at(position).n_dict, self.device)
-            for position in self.runs.positions
+            position: FiringCounter(self.passes.saes.at(position).n_dict, self.device)
+            for position in self.passes.positions
         }
         self.n_tokens = 0
         # By name of what is summed and hook point, "" if it has none.
@@ -143,19 +143,19 @@ class _ThirdPass:
         kept = kept if self.kept is None else self.kept(on_device)
         if not kept.any():
             return
-        prefix = self.runs.shared_prefix(on_device)
+        prefix = self.passes.shared_prefix(on_device)
         raw_acts: dict[str, Tensor] = {}
-        raw = self.runs.suffix(prefix, keep_hooks(self.later, raw_acts))
+        raw = self.passes.suffix(prefix, keep_hooks(self.later, raw_acts))
         norms = self._splice(prefix, raw_acts, kept)
         errors = {
-            position: random_errors(norm, self.runs.saes.at(position).d_out, self.generator)
+            position: random_errors(norm, self.passes.saes.at(position).d_out, self.generator)
             for position, norm in norms.items()
         }
         hooks = {position: add_hook(error) for position, error in errors.items()}
-        with_errors = self.runs.suffix(prefix, hooks)
+        with_errors = self.passes.suffix(prefix, hooks)
 
         n_kept = int(kept.sum())
-        kl = chunked_kl(raw[kept], with_errors[kept], self.runs.model.unembed)
+        kl = chunked_kl(raw[kept], with_errors[kept], self.passes.model.unembed)
         self.sums["random_error_kl", ""] += kl.item() * n_kept
         self.n_tokens += n_kept
         for hook, act in raw_acts.items():
@@ -164,7 +164,7 @@ class _ThirdPass:
     def _splice(
         self, prefix: Prefix, raw_acts: dict[str, Tensor], kept: Bool[Tensor, "batch pos"]
     ) -> dict[str, Float[Tensor, "batch pos"]]:
-        """Make the spliced run; returns the norm of each SAE's error on each token."""
+        """Make the spliced pass; returns the norm of each SAE's error on each token."""
         norms: dict[str, Tensor] = {}
 
         def observe(position: str, acts: SAEActs) -> None:
@@ -182,7 +182,7 @@ class _ThirdPass:
             return lambda act: add_later(name, act)
 
         hooks = {name: later_hook(name) for name in self.later}
-        self.runs.suffix(prefix, self.runs.splice_hooks(observe, hooks))
+        self.passes.suffix(prefix, self.passes.splice_hooks(observe, hooks))
         return norms
 
     def _add_ratios(self, position: str, acts: SAEActs, kept: Bool[Tensor, "batch pos"]) -> None:
@@ -196,7 +196,7 @@ class _ThirdPass:
         return Suite(
             evaluation=evaluation,
             later={hook: self._later(hook) for hook in self.later},
-            positions={position: self._at(position) for position in self.runs.positions},
+            positions={position: self._at(position) for position in self.passes.positions},
             random_error_kl=self.sums["random_error_kl", ""] / self.n_tokens,
         )
 
@@ -208,7 +208,7 @@ class _ThirdPass:
         )
 
     def _at(self, position: str) -> PositionSuite:
-        elements = self.runs.saes.at(position).dict_elements
+        elements = self.passes.saes.at(position).dict_elements
         counts = self.firings[position].counts
         return PositionSuite(
             l2_ratio_first=self._mean_ratio("first", position),

@@ -36,7 +36,7 @@ least. With `with_grad` the gradient takes the place of `logits`. `orig_logits` 
 CPU_CHUNK_BYTES = 2 * 2**20
 # Each chunk reads the whole unembedding, which must be worth it: on two CPU cores the KL of 256
 # tokens with a vocabulary of 50,257 and width 768 took 0.48 s in chunks of 48, 0.44 s in chunks of
-# 64, 0.40 s of 96, 0.37 s of 128 and of 256. The logits of 96 take 39 MB in both runs.
+# 64, 0.40 s of 96, 0.37 s of 128 and of 256. The logits of 96 take 39 MB in both passes.
 MIN_CHUNK_TOKENS = 96
 # The KL of 4096 tokens with a vocabulary of 4096 and width 128 took 0.095 s in tiles of this size,
 # 0.100 s in tiles of half and 0.107 s of a quarter of it. Twice as much memory saved 0.003 s.
@@ -55,8 +55,8 @@ def chunked_kl(
 
     KL(orig || new) is the sum of p_orig * (log p_orig - log p_new) over the vocabulary. The
     original logits count as constant: gradients reach `new_resid`, and parameters of `unembed` that
-    require them through the new logits alone. Of equal runs the KL is zero but for rounding, which
-    has either sign: a product may round a row of logits by where it stands.
+    require them through the new logits alone. The KL of equal passes is zero except for rounding,
+    which has either sign: a product may round a row of logits by where it stands.
 
     Args:
         orig_resid: Final residual stream of the model as it is.
@@ -164,8 +164,8 @@ def _walk(
     needs_grad: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The mean, and its gradients by rows, weight and bias as far as they are needed."""
-    n_runs = 1 if orig_resid is None else 2
-    buffer = rows.new_empty(n_runs * size, unembed.d_vocab)
+    n_passes = 1 if orig_resid is None else 2
+    buffer = rows.new_empty(n_passes * size, unembed.d_vocab)
     at_tile = partial(_at_tile, unembed, tile_loss)
     sums: list[Tensor] = []
     of_rows, of_weight, of_bias = grads = [
@@ -173,7 +173,7 @@ def _walk(
         for tensor, needed in zip((rows, unembed.weight, unembed.bias), needs_grad, strict=True)
     ]
     for part in _pieces(len(rows), size):
-        # One product for both runs: with more rows it is faster than two.
+        # One product for both passes: with more rows it is faster than two.
         both = rows[part]
         if orig_resid is not None:
             both = torch.cat([both, unembed.normed(orig_resid[part])])

@@ -1,7 +1,7 @@
 """The loss terms that are about an SAE's code: how sparse it is, and which elements are dead.
 
-They need neither the spliced run nor logits, and say nothing of how well an output stands in for an
-activation.
+They need neither the spliced pass nor logits, and do not measure how well an output stands in for
+an activation.
 """
 
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
@@ -14,13 +14,13 @@ from sparsify.settings.base_config import Count, PositiveFinite
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sparsify.losses.passes import Runs
+    from sparsify.losses.passes import Passes
 
 
 class CodeTerm(CoeffTerm):
     """A term about the code."""
 
-    needs_spliced_run: ClassVar[bool] = False
+    needs_spliced_pass: ClassVar[bool] = False
     measures_error: ClassVar[bool] = False
 
 
@@ -42,15 +42,15 @@ class SparsityLoss(CodeTerm):
     Where elements that have stopped firing hardly come back, as in JumpReLU SAEs, L0 must not fall
     below its target."""
 
-    def calc(self, runs: "Runs") -> "dict[str, Tensor]":
+    def calc(self, passes: "Passes") -> "dict[str, Tensor]":
         """See `sparsify.losses.functions.sparsity` and its neighbours."""
         from sparsify.losses.functions import active_share, concave_sparsity, sparsity
 
         values: dict[str, Tensor] = {}
-        for position, acts in runs.sae_acts.items():
+        for position, acts in passes.sae_acts.items():
             c, d_act = acts.penalised, acts.input.shape[-1]
             if self.penalty == "l0":
-                values[position] = active_share(runs.saes[position], acts)
+                values[position] = active_share(passes.saes[position], acts)
             elif self.penalty == "p_norm":
                 values[position] = sparsity(c, d_act, self.p_norm)
             else:
@@ -93,13 +93,13 @@ class AuxKLoss(CodeTerm):
     k: Count | None = None
     """Dead elements used on a token. null: half the width of the activation, as in the paper."""
 
-    def calc(self, runs: "Runs") -> "dict[str, Tensor]":
+    def calc(self, passes: "Passes") -> "dict[str, Tensor]":
         """See `sparsify.losses.dead.aux_k`."""
         from sparsify.losses.dead import aux_k
 
         return {
-            position: aux_k(runs.saes[position], acts, runs.dead[position], self.k)
-            for position, acts in runs.sae_acts.items()
+            position: aux_k(passes.saes[position], acts, passes.dead[position], self.k)
+            for position, acts in passes.sae_acts.items()
         }
 
 
@@ -108,11 +108,11 @@ class PreActLoss(CodeTerm):
 
     needs_dead: ClassVar[bool] = True
 
-    def calc(self, runs: "Runs") -> "dict[str, Tensor]":
+    def calc(self, passes: "Passes") -> "dict[str, Tensor]":
         """See `sparsify.losses.dead.pre_act`."""
         from sparsify.losses.dead import pre_act
 
         return {
-            position: pre_act(runs.saes[position], acts, runs.dead[position])
-            for position, acts in runs.sae_acts.items()
+            position: pre_act(passes.saes[position], acts, passes.dead[position])
+            for position, acts in passes.sae_acts.items()
         }

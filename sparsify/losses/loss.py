@@ -12,7 +12,7 @@ The total is the sum of coefficient times value over terms and positions:
     pre_act.coeff          * sum over SAEs of   distance of dead elements from firing
 
 Coefficients are multiplied by schedules, `target_l0` and `balance_with`, mse at later hook points
-is divided by its variance if `normalised`, and for SAEs with other outputs (`Runs.others`) the
+is divided by its variance if `normalised`, and for SAEs with other outputs (`Passes.others`) the
 errors of these are added. The terms are in `terms.py` and `code_terms.py`.
 """
 
@@ -36,7 +36,7 @@ from sparsify.settings.base_config import BaseConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sparsify.losses.passes import Runs
+    from sparsify.losses.passes import Passes
 
 Factor = Callable[[str, str], "float | Tensor"]
 """By term and position ("" if it has none): what its coefficient is multiplied by at the time."""
@@ -52,7 +52,7 @@ class LossConfig(BaseConfig):
     """Mean penalty of the SAEs' codes."""
 
     in_to_orig: InToOrigLoss | None = None
-    """Error at chosen hook points, between the spliced and the raw run."""
+    """Error at chosen hook points, between the spliced and the raw pass."""
 
     out_to_orig: OutToOrigLoss | None = None
     """Error between an SAE's output and the raw activation."""
@@ -130,7 +130,7 @@ def check_loss_suits_kind(losses: LossConfig, sae: SAEConfig) -> None:
 
 
 def total_loss(
-    losses: LossConfig, runs: "Runs", factor: Factor = lambda term, position: 1.0
+    losses: LossConfig, passes: "Passes", factor: Factor = lambda term, position: 1.0
 ) -> "tuple[Tensor, dict[str, Tensor]]":
     """The weighted sum of all terms, and the value of each without its coefficient.
 
@@ -138,7 +138,7 @@ def total_loss(
 
     Args:
         losses: Terms and their coefficients.
-        runs: What they are computed from.
+        passes: What they are computed from.
         factor: What coefficients are multiplied by.
 
     Returns:
@@ -148,7 +148,7 @@ def total_loss(
     import torch
 
     terms = losses.terms()
-    values = {name: _values(term, runs) for name, term in terms.items()}
+    values = {name: _values(term, passes) for name, term in terms.items()}
     logged = {
         f"{name}/{position}" if position else name: value.detach()
         for name, by_position in values.items()
@@ -169,7 +169,7 @@ def total_loss(
         return part if balance is None or name != "logits_kl" else balance * part
 
     total = sum((weighted(name, part) for name, part in values.items()), torch.zeros(()))
-    for weight, other in runs.others:
+    for weight, other in passes.others:
         for name, term in terms.items():
             if term.measures_error:
                 part = _values(term, other)
@@ -181,11 +181,11 @@ def total_loss(
     return total, logged
 
 
-def _values(term: LossTerm, runs: "Runs") -> "dict[str, Tensor]":
+def _values(term: LossTerm, passes: "Passes") -> "dict[str, Tensor]":
     import torch
 
     with torch.set_grad_enabled(torch.is_grad_enabled() and term.position_coeff > 0):
-        return term.calc(runs)
+        return term.calc(passes)
 
 
 def _balance(losses: LossConfig, values: "dict[str, dict[str, Tensor]]") -> "Tensor | None":

@@ -15,23 +15,23 @@ NO_TARGET = -100
 
 
 @dataclass(frozen=True)
-class Runs:
-    """The raw and the spliced run of one batch, as far as the loss terms need them.
+class Passes:
+    """The raw and the spliced pass of one batch, as far as the loss terms need them.
 
-    If no term needs a spliced run there is none, and each SAE has read the raw activation.
+    If no term needs a spliced pass there is none, and each SAE has read the raw activation.
     """
 
     orig_acts: dict[str, Float[Tensor, "..."]]
     """Raw activations by position."""
 
     new_acts: dict[str, SAEActs | CacheActs]
-    """Activations of the spliced run by position: an SAE's, or a hook point's that a term needs."""
+    """Activations of the spliced pass by position: SAEs', and those that a term needs."""
 
     orig_resid: Float[Tensor, "*sample d_model"] | None = None
-    """Residual stream of the raw run before the final norm. None if no term needs logits."""
+    """Residual stream of the raw pass before the final norm. None if no term needs logits."""
 
     new_resid: Float[Tensor, "*sample d_model"] | None = None
-    """The same of the spliced run."""
+    """The same of the spliced pass."""
 
     unembed: Unembedding | None = None
     """Final norm and unembedding. None if no term needs logits."""
@@ -42,7 +42,7 @@ class Runs:
     saes: Mapping[str, SAE] = field(default_factory=dict)
     """The SAEs by position, for terms that ask them."""
 
-    others: tuple[tuple[float, "Runs"], ...] = ()
+    others: tuple[tuple[float, "Passes"], ...] = ()
     """The same with other outputs of the SAEs, and the weight of the errors there."""
 
     dead: Mapping[str, Bool[Tensor, " n_dict"]] = field(default_factory=dict)
@@ -54,11 +54,11 @@ class Runs:
         return {name: acts for name, acts in self.new_acts.items() if isinstance(acts, SAEActs)}
 
     def arriving(self, position: str) -> Float[Tensor, "..."]:
-        """The activation of the spliced run at a position, before an SAE there replaces it."""
+        """The activation of the spliced pass at a position, before an SAE there replaces it."""
         acts = self.new_acts[position]
         return acts.target if isinstance(acts, SAEActs) else acts.input
 
-    def only(self, kept: Bool[Tensor, "batch pos"]) -> "Runs":
+    def only(self, kept: Bool[Tensor, "batch pos"]) -> "Passes":
         """What is there of some tokens; these are then in one dimension."""
 
         def pick(rows: Tensor | None) -> Tensor | None:
@@ -71,5 +71,5 @@ class Runs:
             orig_resid=pick(self.orig_resid),
             new_resid=pick(self.new_resid),
             next_tokens=pick(self.next_tokens),
-            others=tuple((weight, runs.only(kept)) for weight, runs in self.others),
+            others=tuple((weight, passes.only(kept)) for weight, passes in self.others),
         )

@@ -19,7 +19,7 @@ from sparsify.tlens.hook_names import HookNames
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sparsify.losses.passes import Runs
+    from sparsify.losses.passes import Passes
 
 Coeff = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -53,14 +53,14 @@ class LossTerm(BaseConfig, ABC):
     """How the coefficient changes in training. null: it does not."""
 
     needs_logits: ClassVar[bool] = False
-    """The spliced run must go to the last block and keep the final residual stream."""
+    """The spliced pass must go to the last block and keep the final residual stream."""
 
     needs_raw_logits: ClassVar[bool] = False
-    """The raw run must, too."""
+    """The raw pass must, too."""
 
-    needs_spliced_run: ClassVar[bool] = True
+    needs_spliced_pass: ClassVar[bool] = True
     """The value depends on the model behind or between the SAEs. A sum of terms that do without
-    needs no spliced run: each SAE reads the raw activation."""
+    needs no spliced pass: each SAE reads the raw activation."""
 
     measures_error: ClassVar[bool] = True
     """The value says how well the outputs stand in for the activations. Where SAEs have other
@@ -75,15 +75,15 @@ class LossTerm(BaseConfig, ABC):
         """The weight of the value at each position. At zero it is computed but does not train."""
 
     def raw_positions(self, sae_positions: Sequence[str]) -> list[str]:
-        """Positions at which the raw run must keep activations."""
+        """Positions at which the raw pass must keep activations."""
         return []
 
     def spliced_positions(self, sae_positions: Sequence[str]) -> list[str]:
-        """Positions at which the spliced run must keep activations, beyond what the SAEs keep."""
+        """Positions at which the spliced pass must keep activations, beyond what the SAEs keep."""
         return []
 
     @abstractmethod
-    def calc(self, runs: "Runs") -> "dict[str, Tensor]":
+    def calc(self, passes: "Passes") -> "dict[str, Tensor]":
         """Scalar by position, without the coefficient. The key is "" if it has no position."""
 
 
@@ -106,37 +106,39 @@ class OutToInLoss(CoeffTerm):
     several SAEs the gradient also reaches the earlier ones.
     """
 
-    needs_spliced_run: ClassVar[bool] = False
+    needs_spliced_pass: ClassVar[bool] = False
 
-    def calc(self, runs: "Runs") -> "dict[str, Tensor]":
+    def calc(self, passes: "Passes") -> "dict[str, Tensor]":
         """See `sparsify.losses.functions.mse`."""
         from sparsify.losses.functions import mse
 
-        return {position: mse(acts.output, acts.target) for position, acts in runs.sae_acts.items()}
+        return {
+            position: mse(acts.output, acts.target) for position, acts in passes.sae_acts.items()
+        }
 
 
 class OutToOrigLoss(CoeffTerm):
     """Mean squared error between what an SAE writes and the raw activation at its position.
 
-    It differs from `out_to_in` behind the first SAE, where the spliced run reads something else.
+    It differs from `out_to_in` behind the first SAE, where the spliced pass reads something else.
     """
 
     def raw_positions(self, sae_positions: Sequence[str]) -> list[str]:
         """Those of the SAEs."""
         return list(sae_positions)
 
-    def calc(self, runs: "Runs") -> "dict[str, Tensor]":
+    def calc(self, passes: "Passes") -> "dict[str, Tensor]":
         """See `sparsify.losses.functions.mse`."""
         from sparsify.losses.functions import mse
 
         return {
-            position: mse(acts.output, runs.orig_acts[position].detach())
-            for position, acts in runs.sae_acts.items()
+            position: mse(acts.output, passes.orig_acts[position].detach())
+            for position, acts in passes.sae_acts.items()
         }
 
 
 class InToOrigLoss(LossTerm):
-    """Mean squared error between the activations of the spliced and of the raw run.
+    """Mean squared error between the activations of the spliced and of the raw pass.
 
     At a position that has an SAE, the spliced activation is that in whose place the SAE writes.
     """
@@ -171,13 +173,13 @@ class InToOrigLoss(LossTerm):
         """The hook positions, as far as no SAE keeps them."""
         return [position for position in self.hook_positions if position not in sae_positions]
 
-    def calc(self, runs: "Runs") -> "dict[str, Tensor]":
+    def calc(self, passes: "Passes") -> "dict[str, Tensor]":
         """See `sparsify.losses.functions.mse` and `normalised_mse`."""
         from sparsify.losses.functions import mse, normalised_mse
 
         error = normalised_mse if self.normalised else mse
         return {
-            position: error(runs.arriving(position), runs.orig_acts[position].detach())
+            position: error(passes.arriving(position), passes.orig_acts[position].detach())
             for position in self.hook_positions
         }
 
@@ -193,14 +195,14 @@ class LogitsKLLoss(CoeffTerm):
     which has no gradient (Karvonen 2025). The error is summed over positions, or for in_to_orig
     averaged, as in the loss. null: the KL is taken as it is."""
 
-    def calc(self, runs: "Runs") -> "dict[str, Tensor]":
+    def calc(self, passes: "Passes") -> "dict[str, Tensor]":
         """See `sparsify.kernels.chunked.chunked_kl`."""
         from sparsify.kernels.chunked import chunked_kl
 
-        assert runs.orig_resid is not None
-        assert runs.new_resid is not None
-        assert runs.unembed is not None
-        return {"": chunked_kl(runs.orig_resid, runs.new_resid, runs.unembed)}
+        assert passes.orig_resid is not None
+        assert passes.new_resid is not None
+        assert passes.unembed is not None
+        return {"": chunked_kl(passes.orig_resid, passes.new_resid, passes.unembed)}
 
 
 class NextTokenCELoss(CoeffTerm):
@@ -208,17 +210,19 @@ class NextTokenCELoss(CoeffTerm):
 
     needs_logits: ClassVar[bool] = True
 
-    def calc(self, runs: "Runs") -> "dict[str, Tensor]":
+    def calc(self, passes: "Passes") -> "dict[str, Tensor]":
         """See `sparsify.kernels.chunked.chunked_cross_entropy`."""
         from sparsify.kernels.chunked import chunked_cross_entropy
         from sparsify.losses.passes import NO_TARGET
 
-        assert runs.new_resid is not None
-        assert runs.unembed is not None
-        assert runs.next_tokens is not None
-        if runs.next_tokens.ndim == 2:  # all tokens of each sequence, of which the last has no next
-            resid, targets = runs.new_resid[:, :-1], runs.next_tokens[:, :-1]
+        assert passes.new_resid is not None
+        assert passes.unembed is not None
+        assert passes.next_tokens is not None
+        if (
+            passes.next_tokens.ndim == 2
+        ):  # all tokens of each sequence, of which the last has no next
+            resid, targets = passes.new_resid[:, :-1], passes.next_tokens[:, :-1]
         else:
-            has_next = runs.next_tokens != NO_TARGET
-            resid, targets = runs.new_resid[has_next], runs.next_tokens[has_next]
-        return {"": chunked_cross_entropy(resid, targets, runs.unembed)}
+            has_next = passes.next_tokens != NO_TARGET
+            resid, targets = passes.new_resid[has_next], passes.next_tokens[has_next]
+        return {"": chunked_cross_entropy(resid, targets, passes.unembed)}

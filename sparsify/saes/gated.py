@@ -8,7 +8,7 @@
 The gate has no gradient from c. It is trained by the sparsity penalty, which reads relu(gate), and
 by a second output, D relu(gate) + b_dec, whose decoder counts as constant: the errors of that
 output are added to the loss. Locally that is the paper's auxiliary reconstruction error; end to end
-it is the KL of one more spliced run.
+it is the KL of one more spliced pass.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""What interventions do to what an SAE writes in a spliced run.
+"""What interventions do to what an SAE writes in a spliced pass.
 
 With c the code of an SAE on a token, c' the code after all changes, D the decoder and d_j the
 direction of element j, scaled to unit norm, an SAE writes
@@ -6,10 +6,11 @@ direction of element j, scaled to unit norm, an SAE writes
     output' = base + D c' - D c + sum over steering of amount * sum over its elements j of d_j
     base    = output, or the activation that it replaces if the SAE's error is added back
 
-The activation is output + error, where the error is what the SAE does not reconstruct, taken anew
-in each run. So with errors added and no change every SAE writes the activation, and the spliced run
-is the raw one; a change then acts on the model as it was (Marks et al. 2024, arXiv:2403.19647).
-Only differences of D c enter, so what else an output holds (a bias, a transcoder's skip) stays.
+The activation is output + error, where the error is what the SAE does not reconstruct, computed
+again in each pass. So with errors added and no change every SAE writes the activation, and the
+spliced pass is the raw one; a change then acts on the model as it was (Marks et al. 2024,
+arXiv:2403.19647). Only differences of D c enter, so what else an output holds (a bias, a
+transcoder's skip) stays.
 """
 
 from collections.abc import Callable, Iterable, Sequence

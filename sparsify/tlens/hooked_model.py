@@ -45,7 +45,7 @@ TLENS_HAS_HOOKED_TRANSFORMER = int(version("transformer-lens").split(".")[0]) < 
 
 @dataclass(frozen=True)
 class Prefix:
-    """The part that several runs on the same tokens share."""
+    """The part that several passes on the same tokens share."""
 
     tokens: Int[Tensor, "batch pos"]
     n_blocks: int = 0
@@ -174,7 +174,7 @@ class HookedModel:
         if not self._unembedding_agrees:
             raise UserError(
                 "tlens_model: its logits are not what its final norm and unembedding give, so the "
-                "output of two runs cannot be compared; set loss.logits_kl and eval_data to null"
+                "output of two passes cannot be compared; set loss.logits_kl and eval_data to null"
             )
 
     @torch.no_grad()

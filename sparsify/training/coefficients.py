@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsify.losses.loss import LossConfig
-from sparsify.losses.passes import Runs
+from sparsify.losses.passes import Passes
 
 FAST, SLOW = 10, 50
 """Steps over which the two running means of log L0 are taken; they differ by its trend."""
@@ -116,12 +116,12 @@ class Coefficients:
             factor = factor * self.controllers[position].factor
         return factor
 
-    def update(self, runs: Runs, n_samples: int) -> None:
+    def update(self, passes: Passes, n_samples: int) -> None:
         """Take note of a step that ended after `n_samples`."""
         self.n_done = n_samples
         progress = min(1.0, n_samples / self.target_warmup) if self.target_warmup else 1.0
         for position, controller in self.controllers.items():
-            c = runs.sae_acts[position].c.detach()
+            c = passes.sae_acts[position].c.detach()
             controller.update(torch.count_nonzero(c) / c[..., 0].numel(), progress)
 
     def metrics(self) -> dict[str, float]:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sparsify.losses.passes import Runs
+from sparsify.losses.passes import Passes
 from sparsify.saes.acts import SAEActs
 from sparsify.saes.base import SAE, NewElements
 from sparsify.saes.firing import FiringCounter
@@ -46,9 +46,9 @@ class DeadElements:
         }
         """Elements that fired on too few tokens of the last whole stretch."""
 
-    def update(self, runs: Runs) -> None:
+    def update(self, passes: Passes) -> None:
         """Count the firings of a batch."""
-        for position, acts in runs.sae_acts.items():
+        for position, acts in passes.sae_acts.items():
             codes = acts.c.detach().flatten(end_dim=-2)
             counts = torch.count_nonzero(codes, dim=0)
             n_since = self.n_since[position]
@@ -67,9 +67,9 @@ class DeadElements:
         has_not_fired = self.n_since[position] >= self.config.after_n_tokens
         return has_not_fired | self.is_rare[position]
 
-    def marked(self, runs: Runs) -> Runs:
-        """The runs, with the elements that are dead."""
-        return replace(runs, dead={position: self.dead(position) for position in self.n_since})
+    def marked(self, passes: Passes) -> Passes:
+        """The passes, with the elements that are dead."""
+        return replace(passes, dead={position: self.dead(position) for position in self.n_since})
 
     def forget(self, position: str, elements: Bool[Tensor, " n_dict"]) -> None:
         """Count elements as if they had just fired."""

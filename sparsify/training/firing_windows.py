@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sparsify.losses.passes import Runs
+from sparsify.losses.passes import Passes
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.firing import FiringCounter
 from sparsify.training.cadence import Every
@@ -28,13 +28,13 @@ class FiringWindows:
         }
         self.is_open = False
 
-    def update(self, runs: Runs, n_samples: int) -> dict[str, float]:
+    def update(self, passes: Passes, n_samples: int) -> dict[str, float]:
         """Count a batch if a stretch is on; the alive elements if it ends, else nothing."""
         if self.begins.due(n_samples):
             self.is_open = True
         if not self.is_open:
             return {}
-        for position, acts in runs.sae_acts.items():
+        for position, acts in passes.sae_acts.items():
             self.counters[position].update(acts.c)
         if next(iter(self.counters.values())).n_tokens < self.n_tokens:
             return {}

@@ -1,30 +1,32 @@
-"""The runs of a training step, as a forward plan says.
+"""The forward passes of a training step, as a forward plan says.
 
 Where SAEs have other outputs that are trained too (a prefix of a dictionary, a second path), errors
-are measured there as well: locally for each of them, in a spliced mix in one more spliced run with
+are measured there as well: locally for each of them, in a spliced mix in one more spliced pass with
 one that is drawn.
 """
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsify.losses.passes import NO_TARGET, Runs
+from sparsify.losses.passes import NO_TARGET, Passes
+from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.acts import SAEActs
 from sparsify.splicing.hooks import Acts, Read, cache_hooks, keep_hooks, splice_hooks
 from sparsify.tlens.hooked_model import Prefix
 from sparsify.training.forward_plan import ForwardPlan
 
-if TYPE_CHECKING:
-    from sparsify.sae_transformer import SAETransformer
 
+def forward_passes(
+    model: SAETransformer, tokens: Int[Tensor, "batch pos"], plan: ForwardPlan
+) -> Passes:
+    """The raw and the spliced pass of a batch, as far as `plan` says.
 
-def run_step(model: "SAETransformer", tokens: Int[Tensor, "batch pos"], plan: ForwardPlan) -> Runs:
-    """See `SAETransformer.run`."""
+    Gradients reach the SAEs alone.
+    """
     hooked = model.hooked_model
     saes = {position: model.saes.at(position) for position in plan.sae_positions}
     orig_acts: dict[str, Tensor] = {}
@@ -36,22 +38,22 @@ def run_step(model: "SAETransformer", tokens: Int[Tensor, "batch pos"], plan: Fo
     orig_acts = {position: act.flatten(start_dim=2) for position, act in orig_acts.items()}
     if plan.is_local:
         _, new_acts = model(None, plan.sae_positions, orig_acts=orig_acts)
-        return _with_other_outputs(Runs(orig_acts, new_acts, saes=saes))
-    runs = Runs(orig_acts, {}, saes=saes)
+        return _with_other_outputs(Passes(orig_acts, new_acts, saes=saes))
+    passes = Passes(orig_acts, {}, saes=saes)
     if plan.needs_logits:
-        runs = replace(
-            runs,
+        passes = replace(
+            passes,
             orig_resid=orig_resid,
             unembed=hooked.unembed,
             next_tokens=F.pad(tokens[:, 1:].long(), (0, 1), value=NO_TARGET),
         )
-    runs = _with_spliced_run(runs, model, prefix, plan, model.saes.read)
-    return _with_other_run(runs, model, prefix, plan)
+    passes = _with_spliced_pass(passes, model, prefix, plan, model.saes.read)
+    return _with_other_pass(passes, model, prefix, plan)
 
 
-def _with_spliced_run(
-    runs: Runs, model: "SAETransformer", prefix: Prefix, plan: ForwardPlan, read: Read
-) -> Runs:
+def _with_spliced_pass(
+    passes: Passes, model: SAETransformer, prefix: Prefix, plan: ForwardPlan, read: Read
+) -> Passes:
     acts: Acts = {}
 
     def read_and_keep(position: str, act: Tensor, replaced: Tensor | None) -> SAEActs:
@@ -63,42 +65,46 @@ def _with_spliced_run(
     reads = {position: model.reads[position] for position in plan.sae_positions}
     hooks = splice_hooks(reads, read_and_keep, cache_hooks(plan.spliced_positions, acts))
     resid = model.hooked_model.run(prefix, hooks, plan.spliced_stop)
-    return replace(runs, new_acts=acts, new_resid=resid if plan.needs_logits else None)
+    return replace(passes, new_acts=acts, new_resid=resid if plan.needs_logits else None)
 
 
-def _with_other_outputs(runs: Runs) -> Runs:
-    """The runs, and the same with each of the SAEs' other outputs."""
-    weights = next(iter(runs.saes.values())).other_weights
+def _with_other_outputs(passes: Passes) -> Passes:
+    """The passes, and the same with each of the SAEs' other outputs."""
+    weights = next(iter(passes.saes.values())).other_weights
     others = []
     for index, weight in enumerate(weights):
         acts = {
-            position: replace(acts, output=runs.saes[position].other_output(acts, index))
-            for position, acts in runs.sae_acts.items()
+            position: replace(acts, output=passes.saes[position].other_output(acts, index))
+            for position, acts in passes.sae_acts.items()
         }
-        others.append((weight, replace(runs, new_acts={**runs.new_acts, **acts})))
-    return replace(runs, others=tuple(others))
+        others.append((weight, replace(passes, new_acts={**passes.new_acts, **acts})))
+    return replace(passes, others=tuple(others))
 
 
-def _with_other_run(runs: Runs, model: "SAETransformer", prefix: Prefix, plan: ForwardPlan) -> Runs:
-    """The runs, and a spliced one with one of the SAEs' other outputs.
+def _with_other_pass(
+    passes: Passes, model: SAETransformer, prefix: Prefix, plan: ForwardPlan
+) -> Passes:
+    """The passes, and a spliced one with one of the SAEs' other outputs.
 
     All are as likely to be drawn. The weight of one is multiplied by their number, so that on
     average its errors are the weighted sum of those of all. SAEs that are trained switch to it
     together; a frozen one writes what it does in use.
     """
     first = plan.sae_positions[0]
-    weights = runs.saes[first].other_weights
+    weights = passes.saes[first].other_weights
     if not weights:
-        return runs
+        return passes
     index = int(torch.randint(len(weights), ())) if len(weights) > 1 else 0
 
     def read_other(position: str, act: Tensor, replaced: Tensor | None) -> SAEActs:
-        # What comes before the first SAE is the same in both runs, and so is its code.
+        # What comes before the first SAE is the same in both passes, and so is its code.
         acts = (
-            runs.sae_acts[first] if position == first else model.saes.read(position, act, replaced)
+            passes.sae_acts[first]
+            if position == first
+            else model.saes.read(position, act, replaced)
         )
-        sae = runs.saes[position]
+        sae = passes.saes[position]
         return replace(acts, output=sae.other_output(acts, index)) if sae.is_trained else acts
 
-    other = _with_spliced_run(runs, model, prefix, plan, read_other)
-    return replace(runs, others=((len(weights) * weights[index], other),))
+    other = _with_spliced_pass(passes, model, prefix, plan, read_other)
+    return replace(passes, others=((len(weights) * weights[index], other),))

@@ -3,22 +3,19 @@
     tokens ─ shared prefix ─┬─ raw suffix ────── raw activations, raw final residual
                             └─ spliced suffix ── SAE activations, spliced final residual
 
-Before the first SAE the two runs agree, so that part is run once. Each suffix stops at the last
+Before the first SAE the two passes agree, so that part is run once. Each suffix stops at the last
 block that a term needs. A mix of terms that only look at what the SAEs themselves read and write
-(a *local* mix) needs no spliced run at all: each SAE is applied to the raw activation.
+(a *local* mix) needs no spliced pass at all: each SAE is applied to the raw activation.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from sparsify.losses.loss import LossConfig
+from sparsify.sae_transformer import SAETransformer
 from sparsify.settings.base_config import UserError
 from sparsify.tlens.hook_names import check_hook_names, first_block, stop_block
 from sparsify.tlens.hooked_model import HookedModel
-
-if TYPE_CHECKING:
-    from sparsify.sae_transformer import SAETransformer
 
 SETTING = "loss.in_to_orig.hook_positions"
 
@@ -29,31 +26,31 @@ class ForwardPlan:
 
     sae_positions: tuple[str, ...]
     is_local: bool
-    """Whether the SAEs are applied to raw activations, without a spliced run."""
+    """Whether the SAEs are applied to raw activations, without a spliced pass."""
     needs_logits: bool
-    """Whether the spliced run goes to the end and keeps its final residual stream."""
+    """Whether the spliced pass goes to the end and keeps its final residual stream."""
     needs_raw_logits: bool
-    """Whether the raw run does."""
+    """Whether the raw pass does."""
     start: int
-    """First block that the two runs do not share."""
+    """First block that the two passes do not share."""
     raw_positions: tuple[str, ...]
-    """Hook points to keep of the raw run."""
+    """Hook points to keep of the raw pass."""
     raw_stop: int
     spliced_positions: tuple[str, ...]
-    """Hook points to keep of the spliced run, besides what the SAEs read and write."""
+    """Hook points to keep of the spliced pass, besides what the SAEs read and write."""
     spliced_stop: int
 
 
-def derive_plan(model: "SAETransformer", losses: LossConfig) -> ForwardPlan:
+def derive_plan(model: SAETransformer, losses: LossConfig) -> ForwardPlan:
     """The least work that gives every loss term what it needs.
 
     Raises:
-        UserError: A term reads a hook point that does not exist, or one at which the two runs
+        UserError: A term reads a hook point that does not exist, or one at which the two passes
             agree because it lies before the first SAE, or logits that cannot be computed apart.
     """
     hooked, positions = model.hooked_model, tuple(model.raw_sae_positions)
     terms = losses.terms().values()
-    is_local = not any(term.needs_spliced_run for term in terms)
+    is_local = not any(term.needs_spliced_pass for term in terms)
     needs_logits = any(term.needs_logits for term in terms)
     needs_raw_logits = any(term.needs_raw_logits for term in terms)
     raw = _union(term.raw_positions(positions) for term in terms)
@@ -95,7 +92,7 @@ def _check_lie_behind(
         if in_order.index(position) <= n_shared:
             raise UserError(
                 f"{SETTING}: '{position}' does not lie behind the first SAE, at "
-                f"'{in_order[n_shared]}', so both runs agree there; name hook points behind it"
+                f"'{in_order[n_shared]}', so both passes agree there; name hook points behind it"
             )
 
 

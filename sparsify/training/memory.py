@@ -56,7 +56,7 @@ def estimate_memory(
     # of attention, and the MLP before its activation. Runs without gradients keep nothing.
     block_floats = 6 * cfg.d_model + (cfg.d_mlp or 0)
     n_blocks = 0 if plan.is_local else plan.spliced_stop - plan.start
-    # Other outputs of the SAEs take a spliced run of their own, which the backward pass needs too.
+    # Other outputs of the SAEs take a spliced pass of their own, which the backward pass needs too.
     if saes[0].other_weights and not plan.is_local:
         n_blocks, sae_floats = 2 * n_blocks, 2 * sae_floats
     kept = (
@@ -80,7 +80,7 @@ def estimate_memory(
         unembed = model.hooked_model.unembed
         chunk = min(n_tokens, fast_chunk_size(unembed))
         tile = min(chunk, tile_size(unembed))
-        # Of both runs: the logits of a chunk, and the probabilities of a tile of it.
+        # Of both passes: the logits of a chunk, and the probabilities of a tile of it.
         terms["logits"] = 2 * 4 * (chunk + tile) * cfg.d_vocab
     if is_saved and parameter.device.type == "cpu":
         terms["copy to save"] = terms["SAEs"] + terms["Adam's state"]

@@ -211,7 +211,7 @@ def test_logits_exist_for_a_chunk_at_a_time(
 
     monkeypatch.setattr(Unembedding, "transformed", counted)
     assert_same(evaluate(model, [tokens], chunk_size=25), whole)
-    assert n_rows == [25] * 4 + [25] * 4 + [10] * 4  # 60 tokens in four runs
+    assert n_rows == [25] * 4 + [25] * 4 + [10] * 4  # 60 tokens in four passes
 
 
 def test_logits_that_are_computed_in_another_way_are_refused_at_once(tiny_model: Any):

@@ -37,12 +37,12 @@ def of_logits(
 ) -> dict[str, float]:
     """The same from whole logits."""
     raw, _ = model.forward_raw(tokens)
-    runs = {
+    passes = {
         "raw": raw,
         "spliced": model(tokens, add_error=add_error)[0],
         "intervened": model(tokens, interventions=changes, add_error=add_error)[0],
     }
-    log_probs = {name: logits.log_softmax(dim=-1) for name, logits in runs.items()}
+    log_probs = {name: logits.log_softmax(dim=-1) for name, logits in passes.items()}
     ce = {
         name: F.nll_loss(rows[:, :-1].flatten(end_dim=1), tokens[:, 1:].flatten()).item()
         for name, rows in log_probs.items()

@@ -114,7 +114,7 @@ def test_densities_are_counted_in_powers_of_ten():
     assert bins == {-1.75: 1, -0.5: 1, -0.25: 1}
 
 
-# Laws and values of whole runs
+# Laws and values of whole passes
 
 
 @pytest.mark.model

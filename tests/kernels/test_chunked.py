@@ -196,7 +196,7 @@ def test_without_gradients_only_the_value_is_computed(context: type):
 
 def test_no_more_tokens_than_the_chunk_size_have_logits_at_a_time(counting: CountRows):
     chunked_kl(torch.randn(7, 4), torch.randn(7, 4, requires_grad=True), counting, 3)
-    assert counting.n_rows == [6, 6, 2]  # those of both runs in one product, three chunks
+    assert counting.n_rows == [6, 6, 2]  # those of both passes in one product, three chunks
 
 
 def test_default_chunk_bounds_the_bytes_of_logits(

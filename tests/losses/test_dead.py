@@ -4,7 +4,7 @@ from torch import Tensor
 
 from sparsify.losses.dead import aux_k, pre_act
 from sparsify.losses.loss import LossConfig, total_loss
-from sparsify.losses.passes import Runs
+from sparsify.losses.passes import Passes
 from sparsify.saes.acts import SAEActs
 from sparsify.saes.jumprelu import JumpReLUSAE
 from sparsify.saes.linear import LinearSAE
@@ -151,8 +151,8 @@ def test_terms_take_the_dead_elements_of_the_runs(topk: TopKSAE, jumprelu: JumpR
         (jumprelu, {"pre_act": {"coeff": 0.5}}, pre_act),
     ):
         dead = {POSITION: DEAD, later: NONE}
-        runs = Runs({}, dict(acts), saes=dict.fromkeys(acts, sae), dead=dead)
-        total, values = total_loss(LossConfig.model_validate(fields), runs)
+        passes = Passes({}, dict(acts), saes=dict.fromkeys(acts, sae), dead=dead)
+        total, values = total_loss(LossConfig.model_validate(fields), passes)
         (name,) = fields
         expected = plain(sae, acts[POSITION], DEAD).item()
         assert values[f"{name}/{POSITION}"].item() == pytest.approx(expected)

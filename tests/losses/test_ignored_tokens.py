@@ -10,11 +10,12 @@ from torch.nn import functional as F
 from sparsify.evaluation.evaluate import evaluate
 from sparsify.losses.ignored_tokens import IgnoredTokens
 from sparsify.losses.loss import LossConfig, total_loss
-from sparsify.losses.passes import Runs
+from sparsify.losses.passes import Passes
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.acts import SAEActs
 from sparsify.saes.config import MatryoshkaSAEConfig, ReLUSAEConfig, SAEConfig
 from sparsify.settings.base_config import UserError
+from sparsify.training.forward_passes import forward_passes
 from sparsify.training.forward_plan import derive_plan
 
 BOS = 7
@@ -71,8 +72,8 @@ def build(tlens_model: Any, sae: SAEConfig) -> SAETransformer:
     return SAETransformer(tlens_model, TWO, sae=sae)
 
 
-def run(model: SAETransformer, tokens: Tensor, losses: LossConfig) -> Runs:
-    return model.run(tokens, derive_plan(model, losses))
+def run(model: SAETransformer, tokens: Tensor, losses: LossConfig) -> Passes:
+    return forward_passes(model, tokens, derive_plan(model, losses))
 
 
 MIX = {
@@ -85,7 +86,7 @@ MIX = {
 }
 
 
-def plain_values(runs: Runs, tokens: Tensor, kept: list[tuple[int, int]]) -> dict[str, Tensor]:
+def plain_values(passes: Passes, tokens: Tensor, kept: list[tuple[int, int]]) -> dict[str, Tensor]:
     """Mean losses over some tokens, each by itself."""
 
     def mean(of_token: Callable[[tuple[int, int]], Tensor], at: list[tuple[int, int]]) -> Tensor:
@@ -94,10 +95,12 @@ def plain_values(runs: Runs, tokens: Tensor, kept: list[tuple[int, int]]) -> dic
     def error(pred: Tensor, target: Tensor) -> Tensor:
         return mean(lambda token: (pred[token] - target[token]).square().mean(), kept)
 
-    assert runs.orig_resid is not None
-    assert runs.new_resid is not None
-    assert runs.unembed is not None
-    orig, new = (F.log_softmax(runs.unembed(r), -1) for r in (runs.orig_resid, runs.new_resid))
+    assert passes.orig_resid is not None
+    assert passes.new_resid is not None
+    assert passes.unembed is not None
+    orig, new = (
+        F.log_softmax(passes.unembed(r), -1) for r in (passes.orig_resid, passes.new_resid)
+    )
     values = {
         "logits_kl": mean(lambda at: (orig[at].exp() * (orig[at] - new[at])).sum(), kept),
         "next_token_ce": mean(
@@ -105,24 +108,24 @@ def plain_values(runs: Runs, tokens: Tensor, kept: list[tuple[int, int]]) -> dic
             [(sample, pos) for sample, pos in kept if pos < tokens.shape[1] - 1],
         ),
     }
-    for position, acts in runs.sae_acts.items():
+    for position, acts in passes.sae_acts.items():
         values[f"sparsity/{position}"] = mean(lambda at, c=acts.c: c[at].sum() / 16, kept)
         values[f"out_to_in/{position}"] = error(acts.output, acts.input)
-        values[f"out_to_orig/{position}"] = error(acts.output, runs.orig_acts[position])
-    raw = runs.orig_acts[LATER]
+        values[f"out_to_orig/{position}"] = error(acts.output, passes.orig_acts[position])
+    raw = passes.orig_acts[LATER]
     centre = mean(lambda at: raw[at], kept)
-    in_to_orig = error(runs.new_acts[LATER].input, raw) / error(centre.expand_as(raw), raw)
+    in_to_orig = error(passes.new_acts[LATER].input, raw) / error(centre.expand_as(raw), raw)
     return {**values, f"in_to_orig/{LATER}": in_to_orig}
 
 
 def test_losses_of_masked_runs_are_those_of_the_kept_tokens(tiny_model: Any, tokens: Tensor):
     model, losses = build(tiny_model, RELU), LossConfig.model_validate(MIX)
-    runs = run(model, tokens, losses)
+    passes = run(model, tokens, losses)
     kept = IGNORED.kept(tokens, BOS)
     at = [(sample, pos) for sample in range(3) for pos in range(6) if kept[sample, pos]]
     assert len(at) == 13  # 18, less 3 first ones, of which one is BOS, and 2 more of BOS
-    total, values = total_loss(losses, runs.only(kept))
-    expected = plain_values(runs, tokens, at)
+    total, values = total_loss(losses, passes.only(kept))
+    expected = plain_values(passes, tokens, at)
     assert {name: value.item() for name, value in values.items()} == pytest.approx(
         {name: value.item() for name, value in expected.items()}
     )
@@ -138,9 +141,9 @@ def test_losses_of_masked_runs_are_those_of_the_kept_tokens(tiny_model: Any, tok
 def test_other_outputs_are_masked_too(tiny_model: Any, tokens: Tensor):
     model = build(tiny_model, MATRYOSHKA)
     losses = LossConfig.model_validate({"out_to_in": {"coeff": 1.0}})
-    runs, kept = run(model, tokens, losses), IGNORED.kept(tokens, BOS)
-    _, values = total_loss(losses, runs.only(kept))
-    for position, acts in runs.sae_acts.items():
+    passes, kept = run(model, tokens, losses), IGNORED.kept(tokens, BOS)
+    _, values = total_loss(losses, passes.only(kept))
+    for position, acts in passes.sae_acts.items():
         error = model.saes.at(position).other_output(acts, 0)[kept] - acts.input[kept]
         value = values[f"other_outputs/out_to_in/{position}"]
         assert value.item() == pytest.approx(error.square().mean().item())

@@ -16,16 +16,16 @@ from sparsify.losses.loss import (
     SparsityLoss,
     total_loss,
 )
-from sparsify.losses.passes import Runs
+from sparsify.losses.passes import Passes
 from sparsify.saes.acts import CacheActs, SAEActs
 
 FIRST, SECOND, LATER = "blocks.0.hook_mlp_out", "blocks.1.hook_resid_pre", "blocks.2.hook_resid_pre"
 
 
 @pytest.fixture
-def runs() -> Runs:
+def passes() -> Passes:
     """Two SAEs on activations of width 2, a cached position, and a vocabulary of two tokens."""
-    return Runs(
+    return Passes(
         orig_acts={
             FIRST: torch.tensor([[1.0, 1.0]]),
             SECOND: torch.tensor([[0.0, 2.0]]),
@@ -54,40 +54,40 @@ def floats(values: dict[str, Tensor]) -> dict[str, float]:
     return {name: value.item() for name, value in values.items()}
 
 
-def test_sparsity_by_hand(runs: Runs):
+def test_sparsity_by_hand(passes: Passes):
     # |1| + |3| = 4 and 2, over d_act = 2
-    assert floats(SparsityLoss(coeff=9.0).calc(runs)) == {FIRST: 2.0, SECOND: 1.0}
+    assert floats(SparsityLoss(coeff=9.0).calc(passes)) == {FIRST: 2.0, SECOND: 1.0}
 
 
-def test_sparsity_uses_its_exponent(runs: Runs):
+def test_sparsity_uses_its_exponent(passes: Passes):
     # (1 + sqrt 3)^2 / 2 and 2 / 2
-    values = SparsityLoss(coeff=9.0, p_norm=0.5).calc(runs)
+    values = SparsityLoss(coeff=9.0, p_norm=0.5).calc(passes)
     assert floats(values) == pytest.approx({FIRST: (1 + 3**0.5) ** 2 / 2, SECOND: 1.0})
 
 
-def test_out_to_in_by_hand(runs: Runs):
+def test_out_to_in_by_hand(passes: Passes):
     # ((1-1)^2 + (3-1)^2) / 2 and ((3-0)^2 + (1-1)^2) / 2
-    assert floats(OutToInLoss(coeff=9.0).calc(runs)) == {FIRST: 2.0, SECOND: 4.5}
+    assert floats(OutToInLoss(coeff=9.0).calc(passes)) == {FIRST: 2.0, SECOND: 4.5}
 
 
-def test_out_to_orig_by_hand(runs: Runs):
+def test_out_to_orig_by_hand(passes: Passes):
     # ((1-1)^2 + (3-1)^2) / 2 and ((3-0)^2 + (1-2)^2) / 2
-    assert floats(OutToOrigLoss(coeff=9.0).calc(runs)) == {FIRST: 2.0, SECOND: 5.0}
+    assert floats(OutToOrigLoss(coeff=9.0).calc(passes)) == {FIRST: 2.0, SECOND: 5.0}
 
 
-def test_in_to_orig_by_hand(runs: Runs):
+def test_in_to_orig_by_hand(passes: Passes):
     # What the second SAE read: ((0-0)^2 + (1-2)^2) / 2; later: ((2-1)^2 + (1-0)^2) / 2
     term = InToOrigLoss(hook_positions=[SECOND, LATER], total_coeff=9.0)
-    assert floats(term.calc(runs)) == {SECOND: 0.5, LATER: 1.0}
+    assert floats(term.calc(passes)) == {SECOND: 0.5, LATER: 1.0}
 
 
-def test_logits_kl_by_hand(runs: Runs):
+def test_logits_kl_by_hand(passes: Passes):
     # p_orig = (1/2, 1/2), p_new = (1/4, 3/4): 1/2 log 2 + 1/2 log(2/3)
-    values = LogitsKLLoss(coeff=9.0).calc(runs)
+    values = LogitsKLLoss(coeff=9.0).calc(passes)
     assert floats(values) == {"": pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))}
 
 
-def test_total_is_the_weighted_sum_and_values_are_not_weighted(runs: Runs):
+def test_total_is_the_weighted_sum_and_values_are_not_weighted(passes: Passes):
     losses = LossConfig(
         sparsity=SparsityLoss(coeff=0.1),
         in_to_orig=InToOrigLoss(hook_positions=[SECOND, LATER], total_coeff=10.0),
@@ -96,7 +96,7 @@ def test_total_is_the_weighted_sum_and_values_are_not_weighted(runs: Runs):
         logits_kl=LogitsKLLoss(coeff=100.0),
     )
     kl = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
-    total, values = total_loss(losses, runs)
+    total, values = total_loss(losses, passes)
     assert floats(values) == pytest.approx(
         {
             f"sparsity/{FIRST}": 2.0,
@@ -116,9 +116,9 @@ def test_total_is_the_weighted_sum_and_values_are_not_weighted(runs: Runs):
     assert not any(value.requires_grad for value in values.values())
 
 
-def test_out_to_in_trains_what_comes_before_the_sae(runs: Runs):
-    total_loss(LossConfig(out_to_in=OutToInLoss(coeff=1.0)), runs)[0].backward()
-    acts = runs.sae_acts[SECOND]
+def test_out_to_in_trains_what_comes_before_the_sae(passes: Passes):
+    total_loss(LossConfig(out_to_in=OutToInLoss(coeff=1.0)), passes)[0].backward()
+    acts = passes.sae_acts[SECOND]
     torch.testing.assert_close(acts.output.grad, torch.tensor([[3.0, 0.0]]))
     torch.testing.assert_close(acts.input.grad, torch.tensor([[-3.0, 0.0]]))
 
@@ -132,23 +132,23 @@ def test_out_to_in_trains_what_comes_before_the_sae(runs: Runs):
     ],
     ids=lambda losses: next(iter(losses.terms())),
 )
-def test_the_raw_run_gets_no_gradients(runs: Runs, losses: LossConfig):
-    assert runs.orig_resid is not None
-    raw = [*runs.orig_acts.values(), runs.orig_resid]
+def test_the_raw_run_gets_no_gradients(passes: Passes, losses: LossConfig):
+    assert passes.orig_resid is not None
+    raw = [*passes.orig_acts.values(), passes.orig_resid]
     for activation in raw:
         activation.requires_grad_()
-    total_loss(losses, runs)[0].backward()
+    total_loss(losses, passes)[0].backward()
     assert all(activation.grad is None for activation in raw)
 
 
-def test_a_zero_coefficient_logs_without_training(runs: Runs):
+def test_a_zero_coefficient_logs_without_training(passes: Passes):
     kl_only = LossConfig(logits_kl=LogitsKLLoss(coeff=1.0))
     with_zero = LossConfig(logits_kl=LogitsKLLoss(coeff=1.0), out_to_in=OutToInLoss(coeff=0.0))
-    total, values = total_loss(with_zero, runs)
+    total, values = total_loss(with_zero, passes)
     total.backward()
     assert floats(values)[f"out_to_in/{SECOND}"] == 4.5
-    assert runs.sae_acts[SECOND].output.grad is None
-    torch.testing.assert_close(total, total_loss(kl_only, runs)[0])
+    assert passes.sae_acts[SECOND].output.grad is None
+    torch.testing.assert_close(total, total_loss(kl_only, passes)[0])
 
 
 def test_two_micro_batches_give_the_gradient_of_one_batch():
@@ -162,16 +162,16 @@ def test_two_micro_batches_give_the_gradient_of_one_batch():
     def loss_of(rows: slice) -> Tensor:
         c = (read[rows] @ weight).relu()
         acts = SAEActs(input=read[rows], c=c, output=c)
-        runs = Runs({}, {FIRST: acts}, orig_resid[rows], orig_resid[rows] + c, unembed)
-        return total_loss(losses, runs)[0]
+        passes = Passes({}, {FIRST: acts}, orig_resid[rows], orig_resid[rows] + c, unembed)
+        return total_loss(losses, passes)[0]
 
     (whole,) = torch.autograd.grad(loss_of(slice(0, 8)), weight)
     halves = (loss_of(slice(0, 4)) + loss_of(slice(4, 8))) / 2
     torch.testing.assert_close(torch.autograd.grad(halves, weight)[0], whole)
 
 
-def test_a_run_without_saes_has_a_total(runs: Runs):
-    without = Runs({LATER: runs.orig_acts[LATER]}, {LATER: runs.new_acts[LATER]})
+def test_a_run_without_saes_has_a_total(passes: Passes):
+    without = Passes({LATER: passes.orig_acts[LATER]}, {LATER: passes.new_acts[LATER]})
     losses = LossConfig.model_validate(
         {"sparsity": {"coeff": 1.0}, "in_to_orig": {"hook_positions": LATER, "total_coeff": 2.0}}
     )
@@ -181,7 +181,7 @@ def test_a_run_without_saes_has_a_total(runs: Runs):
 
 
 @pytest.mark.parametrize(
-    ("fields", "needs_logits", "needs_spliced_run", "raw", "spliced"),
+    ("fields", "needs_logits", "needs_spliced_pass", "raw", "spliced"),
     [
         ({"sparsity": {"coeff": 1}}, False, False, [], []),
         ({"out_to_in": {"coeff": 1}}, False, False, [], []),
@@ -200,12 +200,12 @@ def test_a_run_without_saes_has_a_total(runs: Runs):
 def test_each_term_says_what_it_needs(
     fields: dict[str, dict[str, object]],
     needs_logits: bool,
-    needs_spliced_run: bool,
+    needs_spliced_pass: bool,
     raw: list[str],
     spliced: list[str],
 ):
     ((_, term),) = LossConfig.model_validate(fields).terms().items()
-    assert (term.needs_logits, term.needs_spliced_run) == (needs_logits, needs_spliced_run)
+    assert (term.needs_logits, term.needs_spliced_pass) == (needs_logits, needs_spliced_pass)
     assert term.raw_positions([FIRST, SECOND]) == raw
     assert term.spliced_positions([FIRST, SECOND]) == spliced
 

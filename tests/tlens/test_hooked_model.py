@@ -87,7 +87,7 @@ def test_hook_point_that_never_fires_is_rejected(tiny_bridge: Any):
         HookedModel(tiny_bridge).probe(["blocks.0.attn.hook_hidden_states"], "sae_positions")
 
 
-# Runs
+# Passes
 
 
 @pytest.mark.parametrize("stop", [0, 1, 2, 3])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sparsify.losses.loss import LossConfig, total_loss
-from sparsify.losses.passes import Runs
+from sparsify.losses.passes import Passes
 from sparsify.runs.weight_files import load_state, save_state
 from sparsify.saes.acts import SAEActs
 from sparsify.training.coefficients import Coefficients, L0Controller
@@ -22,14 +22,14 @@ def factor_after(*l0: float) -> float:
     return controller.factor.item()
 
 
-def runs_with_l0(*l0: int) -> Runs:
+def runs_with_l0(*l0: int) -> Passes:
     """Two tokens, the first of twice the mean, so that their mean is what is asked for."""
     acts = {}
     for position, n_active in zip((FIRST, SECOND), l0, strict=False):
         c = torch.zeros(1, 2, 100)
         c[0, 0, : 2 * n_active] = 0.5
         acts[position] = SAEActs(torch.zeros(1, 2, 50), c, torch.ones(1, 2, 50))
-    return Runs({}, acts)
+    return Passes({}, acts)
 
 
 def coefficients(fields: dict[str, object]) -> Coefficients:
@@ -52,9 +52,9 @@ def test_the_loss_is_multiplied_by_the_factors():
         "sparsity": {"coeff": 3, "target_l0": 10},
         "out_to_in": {"coeff": 2, "schedule": {"warmup_samples": 10}},
     }
-    now, runs = coefficients(fields), runs_with_l0(20, 10)
-    now.update(runs, 5)
-    total, values = total_loss(LossConfig.model_validate(fields), runs, now.factor)
+    now, passes = coefficients(fields), runs_with_l0(20, 10)
+    now.update(passes, 5)
+    total, values = total_loss(LossConfig.model_validate(fields), passes, now.factor)
     # Sparsity is 0.5 * L0 / d_act = 0.2 and 0.1, the errors are 1 each. The first L0 is twice its
     # target, the second has it.
     assert values[f"sparsity/{FIRST}"].item() == pytest.approx(0.2)
@@ -156,15 +156,15 @@ def test_a_resumed_run_goes_on_with_the_same_factors(tmp_path: Path):
     steps = [runs_with_l0(*l0) for l0 in torch.randint(5, 40, (20, 2)).tolist()]
     whole, first, second = (coefficients(BOTH) for _ in range(3))
     expected = []
-    for index, runs in enumerate(steps):
-        whole.update(runs, 5 * index)
+    for index, passes in enumerate(steps):
+        whole.update(passes, 5 * index)
         expected.append(factors(whole))
-    for index, runs in enumerate(steps[:8]):
-        first.update(runs, 5 * index)
+    for index, passes in enumerate(steps[:8]):
+        first.update(passes, 5 * index)
     second.load_state_dict(load_state(save_state(tmp_path, 40, first.state_dict())))
     actual = [factors(second)]
-    for index, runs in enumerate(steps[8:], start=8):
-        second.update(runs, 5 * index)
+    for index, passes in enumerate(steps[8:], start=8):
+        second.update(passes, 5 * index)
         actual.append(factors(second))
     assert actual == expected[7:]
 

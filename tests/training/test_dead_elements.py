@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from sparsify.losses.passes import Runs
+from sparsify.losses.passes import Passes
 from sparsify.runs.weight_files import load_state, save_state
 from sparsify.saes.acts import SAEActs
 from sparsify.saes.base import SAE
@@ -28,13 +28,13 @@ from sparsify.training.optimizers import build_adam
 FIRST, SECOND = "blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre"
 
 
-def runs_of(*codes: list[list[int]]) -> Runs:
+def runs_of(*codes: list[list[int]]) -> Passes:
     """The code of each token, at the first position and at the second."""
     acts = {}
     for position, code in zip((FIRST, SECOND), codes, strict=False):
         c = torch.tensor([code], dtype=torch.float32)  # a batch of one sample
         acts[position] = SAEActs(torch.zeros(1, len(code), 2), c, torch.zeros(1, len(code), 2))
-    return Runs({}, acts)
+    return Passes({}, acts)
 
 
 def counting(after_n_tokens: int, min_density: float = 0.0, *positions: str) -> DeadElements:
@@ -73,14 +73,14 @@ def test_an_element_that_fires_too_rarely_is_dead_until_the_end_of_the_next_stre
 
 def test_runs_are_marked_with_the_dead_elements_of_each_sae():
     elements = counting(1, 0.0, FIRST, SECOND)
-    runs = runs_of([[1, 0, 0, 0]], [[0, 1, 1, 1]])
-    elements.update(runs)
-    dead = elements.marked(runs).dead
+    passes = runs_of([[1, 0, 0, 0]], [[0, 1, 1, 1]])
+    elements.update(passes)
+    dead = elements.marked(passes).dead
     assert {position: of_sae.tolist() for position, of_sae in dead.items()} == {
         FIRST: [False, True, True, True],
         SECOND: [True, False, False, False],
     }
-    assert elements.marked(runs).new_acts is runs.new_acts
+    assert elements.marked(passes).new_acts is passes.new_acts
 
 
 def test_forgotten_elements_count_as_if_they_had_just_fired():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsify.losses.loss import LossConfig, total_loss
-from sparsify.losses.passes import Runs
+from sparsify.losses.passes import Passes
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.base import SAE
 from sparsify.saes.config import (
@@ -27,6 +27,7 @@ from sparsify.saes.linear import LinearSAE
 from sparsify.saes.matryoshka import MatryoshkaSAE
 from sparsify.saes.topk import TopKSAE
 from sparsify.settings.base_config import UserError
+from sparsify.training.forward_passes import forward_passes
 from sparsify.training.forward_plan import derive_plan
 
 pytestmark = pytest.mark.model
@@ -70,10 +71,10 @@ def build(tlens_model: Any, sae: SAEConfig, positions: list[str], **reads: Any) 
     return model
 
 
-def run(model: SAETransformer, tokens: Tensor, mix: dict[str, Any]) -> tuple[LossConfig, Runs]:
+def run(model: SAETransformer, tokens: Tensor, mix: dict[str, Any]) -> tuple[LossConfig, Passes]:
     losses = LossConfig.model_validate(mix)
     plan = derive_plan(model, losses)
-    return losses, model.run(tokens, plan)
+    return losses, forward_passes(model, tokens, plan)
 
 
 def gradients(total: Tensor, module: nn.Module) -> dict[str, Tensor]:
@@ -110,7 +111,7 @@ def plain_other(sae: SAE, input: Tensor, index: int) -> Tensor:
 def plain_e2e(
     model: SAETransformer, tokens: Tensor, write: Callable[[SAE, Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The weighted errors of one spliced run, from full logits, and the sparsity in it."""
+    """The weighted errors of one spliced pass, from full logits, and the sparsity in it."""
     kept: dict[str, Tensor] = {}
     sparsity: list[Tensor] = []
 
@@ -138,11 +139,11 @@ def plain_e2e(
 
 
 def assert_is_main_plus_drawn(model: SAETransformer, tokens: Tensor, kind: str) -> None:
-    """Compare a step with two plain runs, of which it drew the second."""
-    losses, runs = run(model, tokens, E2E)
-    total, _ = total_loss(losses, runs)
+    """Compare a step with two plain passes, of which it drew the second."""
+    losses, passes = run(model, tokens, E2E)
+    total, _ = total_loss(losses, passes)
     actual = gradients(total, model.saes)
-    ((weight, _),) = runs.others
+    ((weight, _),) = passes.others
     assert weight == len(WEIGHTS[kind]) * WEIGHTS[kind][0]
     n_fitting = 0
     for index in range(len(WEIGHTS[kind])):
@@ -168,8 +169,8 @@ def test_a_frozen_sae_writes_what_it_does_in_use(tiny_model: Any, tokens: Tensor
     model = build(tiny_model, CONFIGS[kind], THREE)
     first, frozen, last = (model.saes.at(position) for position in model.raw_sae_positions)
     frozen.requires_grad_(False)
-    _, runs = run(model, tokens, E2E)
-    ((_, other),) = runs.others
+    _, passes = run(model, tokens, E2E)
+    ((_, other),) = passes.others
     for sae, acts in zip((first, frozen, last), other.sae_acts.values(), strict=True):
         is_own = torch.allclose(acts.output, sae.decode(acts.c), atol=1e-5)
         assert is_own == (sae is frozen)
@@ -192,8 +193,8 @@ def test_each_prefix_is_drawn_as_often(tiny_model: Any, tokens: Tensor):
     model = build(tiny_model, CONFIGS["matryoshka"], RESID)
     n_drawn, sae = Counter(), model.saes.at(RESID[0])
     for _ in range(30):
-        _, runs = run(model, tokens, {"in_to_orig": E2E["in_to_orig"]})
-        acts, other_acts = (part.sae_acts[RESID[0]] for part in (runs, runs.others[0][1]))
+        _, passes = run(model, tokens, {"in_to_orig": E2E["in_to_orig"]})
+        acts, other_acts = (part.sae_acts[RESID[0]] for part in (passes, passes.others[0][1]))
         outputs = [sae.other_output(acts, index) for index in range(3)]
         n_drawn[[other_acts.output.equal(output) for output in outputs].index(True)] += 1
     # Each is expected 10 times, with a standard deviation of 2.6.
@@ -203,8 +204,8 @@ def test_each_prefix_is_drawn_as_often(tiny_model: Any, tokens: Tensor):
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_local_step_has_the_errors_of_all_outputs(tiny_model: Any, tokens: Tensor, kind: str):
     model = build(tiny_model, CONFIGS[kind], THREE)
-    losses, runs = run(model, tokens, LOCAL)
-    assert [weight for weight, _ in runs.others] == WEIGHTS[kind]
+    losses, passes = run(model, tokens, LOCAL)
+    assert [weight for weight, _ in passes.others] == WEIGHTS[kind]
     _, raw = model.forward_raw(tokens)
     expected = torch.zeros(())
     for position in THREE:
@@ -215,7 +216,7 @@ def test_a_local_step_has_the_errors_of_all_outputs(tiny_model: Any, tokens: Ten
         for index, weight in enumerate(WEIGHTS[kind]):
             error = (plain_other(sae, act, index) - act).square().mean()
             expected = expected + weight * 2.0 * error
-    total, _ = total_loss(losses, runs)
+    total, _ = total_loss(losses, passes)
     assert total.item() == pytest.approx(expected.item(), rel=1e-5)
     assert_same_gradients(gradients(total, model.saes), gradients(expected, model.saes))
 
@@ -243,8 +244,8 @@ def plain_transcoder(sae: SAE, input: Tensor) -> Tensor:
 
 
 def test_transcoders_equal_plain_hooks(transcoded: SAETransformer, tokens: Tensor):
-    losses, runs = run(transcoded, tokens, E2E)
-    total, _ = total_loss(losses, runs)
+    losses, passes = run(transcoded, tokens, E2E)
+    total, _ = total_loss(losses, passes)
     errors, sparsity = plain_e2e(transcoded, tokens, plain_transcoder)
     expected = errors + 0.3 * sparsity
     assert total.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -252,9 +253,9 @@ def test_transcoders_equal_plain_hooks(transcoded: SAETransformer, tokens: Tenso
 
 
 def test_a_local_transcoder_is_to_write_the_raw_act(transcoded: SAETransformer, tokens: Tensor):
-    _, runs = run(transcoded, tokens, LOCAL)
+    _, passes = run(transcoded, tokens, LOCAL)
     _, raw = transcoded.forward_raw(tokens)
-    for position, acts in runs.sae_acts.items():
+    for position, acts in passes.sae_acts.items():
         source = raw[transcoded.reads[position]]
         torch.testing.assert_close(acts.input, source.flatten(start_dim=2))
         torch.testing.assert_close(acts.target, raw[position].flatten(start_dim=2))
@@ -265,21 +266,21 @@ def test_a_local_transcoder_is_to_write_the_raw_act(transcoded: SAETransformer, 
 def test_other_outputs_are_in_the_precision_of_the_sae(tiny_model: Any, tokens: Tensor, kind: str):
     model = build(tiny_model, CONFIGS[kind], ["blocks.1.hook_mlp_out"])
     model.hooked_model.product_dtype = torch.bfloat16
-    _, runs = run(model, tokens, {"logits_kl": {"coeff": 1}, "out_to_in": {"coeff": 1}})
-    ((_, other),) = runs.others
-    for acts in (*runs.sae_acts.values(), *other.sae_acts.values()):
+    _, passes = run(model, tokens, {"logits_kl": {"coeff": 1}, "out_to_in": {"coeff": 1}})
+    ((_, other),) = passes.others
+    for acts in (*passes.sae_acts.values(), *other.sae_acts.values()):
         assert acts.output.dtype == torch.float32
 
 
 def test_a_cross_entropy_needs_no_raw_run(tiny_model: Any, tokens: Tensor):
     model = build(tiny_model, TopKSAEConfig(dict_size_to_input_ratio=3, k=3), RESID)
-    losses, runs = run(model, tokens, {"next_token_ce": {"coeff": 1}})
+    losses, passes = run(model, tokens, {"next_token_ce": {"coeff": 1}})
     plan = derive_plan(model, losses)
     assert (plan.raw_positions, plan.raw_stop) == ((), 0)
-    assert runs.orig_resid is None
+    assert passes.orig_resid is None
     logits, _ = model(tokens)
     expected = F.cross_entropy(logits[:, :-1].flatten(end_dim=1), tokens[:, 1:].flatten())
-    assert total_loss(losses, runs)[0].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert total_loss(losses, passes)[0].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_a_transcoder_cannot_read_what_it_writes_under_another_name(tiny_bridge: Any):
@@ -291,8 +292,8 @@ def test_a_transcoder_cannot_read_what_it_writes_under_another_name(tiny_bridge:
 
 def test_losses_of_dead_elements_train_no_earlier_sae(tiny_model: Any, tokens: Tensor):
     model = build(tiny_model, TopKSAEConfig(dict_size_to_input_ratio=3, k=3), [RESID[0], LATER])
-    losses, runs = run(model, tokens, {"aux_k": {"coeff": 1}, "next_token_ce": {"coeff": 0}})
-    dead = {name: torch.arange(sae.n_dict) >= 24 for name, sae in runs.saes.items()}
+    losses, passes = run(model, tokens, {"aux_k": {"coeff": 1}, "next_token_ce": {"coeff": 0}})
+    dead = {name: torch.arange(sae.n_dict) >= 24 for name, sae in passes.saes.items()}
     dead[RESID[0]].zero_()
-    total, _ = total_loss(losses, replace(runs, dead=dead))
+    total, _ = total_loss(losses, replace(passes, dead=dead))
     assert not any(name.startswith("blocks-1") for name in gradients(total, model.saes))

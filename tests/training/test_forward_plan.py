@@ -1,4 +1,4 @@
-"""Loss terms against two whole runs, and how often each part of the model runs."""
+"""Loss terms against two whole passes, and how often each part of the model runs."""
 
 import re
 from collections.abc import Iterator
@@ -16,6 +16,7 @@ from sparsify.losses.loss import LossConfig, total_loss
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.acts import SAEActs
 from sparsify.settings.base_config import UserError
+from sparsify.training.forward_passes import forward_passes
 from sparsify.training.forward_plan import derive_plan
 
 pytestmark = pytest.mark.model
@@ -121,8 +122,8 @@ def test_plan_gives_the_loss_and_gradients_of_two_whole_runs(
     expected.backward()
     expected_grads = gradients(model)
 
-    runs = model.run(tokens, plan)
-    loss, values = total_loss(losses, runs)
+    passes = forward_passes(model, tokens, plan)
+    loss, values = total_loss(losses, passes)
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert values.keys() == expected_values.keys()
@@ -142,7 +143,7 @@ def test_plan_gives_the_loss_and_gradients_of_two_whole_runs(
 COUNTS = [
     # Nothing behind the SAE: block 0 makes what it reads.
     (RESID, LOCAL, [1, 0, 0]),
-    # The spliced run ends where it begins.
+    # The spliced pass ends where it begins.
     (RESID, OUT_TO_ORIG, [1, 0, 0]),
     # Block 0 is shared, the others run raw and spliced.
     (RESID, E2E, [1, 2, 2]),
@@ -213,10 +214,10 @@ def test_nothing_runs_that_no_term_needs(
     losses = LossConfig.model_validate(mix)
     plan = derive_plan(model, losses)
     with counted(model.tlens_model) as (blocks, ends):
-        runs = model.run(tokens, plan)
+        passes = forward_passes(model, tokens, plan)
         assert blocks == counts
         assert ends == []
-        loss, _ = total_loss(losses, runs)
+        loss, _ = total_loss(losses, passes)
         loss.backward()
         assert blocks == counts
         assert bool(ends) == (losses.logits_kl is not None)
@@ -228,13 +229,13 @@ def test_gradients_flow_through_the_suffix_alone(
 ):
     model = SAETransformer(request.getfixturevalue(kind), RESID, dict_size_to_input_ratio=2.0)
     plan = derive_plan(model, LossConfig.model_validate(E2E))
-    runs = model.run(tokens, plan)
-    assert runs.orig_resid is not None
-    assert runs.new_resid is not None
-    assert not runs.orig_resid.requires_grad
-    assert runs.new_resid.requires_grad
-    assert not any(act.requires_grad for act in runs.orig_acts.values())
-    acts = runs.new_acts[RESID[0]]
+    passes = forward_passes(model, tokens, plan)
+    assert passes.orig_resid is not None
+    assert passes.new_resid is not None
+    assert not passes.orig_resid.requires_grad
+    assert passes.new_resid.requires_grad
+    assert not any(act.requires_grad for act in passes.orig_acts.values())
+    acts = passes.new_acts[RESID[0]]
     assert isinstance(acts, SAEActs)
     assert not acts.input.requires_grad
 
@@ -249,7 +250,7 @@ def test_gradients_flow_through_the_suffix_alone(
         (RESID, "blocks.0.hook_mlp_out", "does not lie behind the first SAE, at 'blocks.1.hook_re"),
         (RESID, "blocks.0.hook_resid_post", "does not lie behind the first SAE"),
         (RESID, RESID[0], "does not lie behind the first SAE"),
-        (MLP, "blocks.1.hook_resid_mid", "at 'blocks.1.hook_mlp_out', so both runs agree there"),
+        (MLP, "blocks.1.hook_resid_mid", "at 'blocks.1.hook_mlp_out', so both passes agree there"),
         (THREE, RESID[0], "does not lie behind the first SAE"),
         (RESID, "blocks.2.hook_resid_pots", "did you mean 'blocks.2.hook_resid_post'?"),
         (RESID, "hook_resid_post", "the model has no hook point 'hook_resid_post'"),

@@ -39,7 +39,7 @@ def test_terms_by_hand(tiny_model: Any):
     assert terms["SAE activations"] == 4 * 10 * (2 * 16 + 3 * 32)
     # Two blocks behind the SAE, with an MLP of 32, and both final residual streams.
     assert terms["block activations"] == 4 * 10 * (2 * (6 * 16 + 32) + 2 * 16)
-    # Logits of both runs, and as many probabilities, as all tokens are one tile.
+    # Logits of both passes, and as many probabilities, as all tokens are one tile.
     assert terms["logits"] == 2 * 4 * (10 + 10) * 64
     assert list(terms.values()) == sorted(terms.values(), reverse=True)
 

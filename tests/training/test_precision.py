@@ -13,6 +13,7 @@ from sparsify.sae_transformer import SAETransformer
 from sparsify.scripts.benchmark.measure import OurStepper, build_model
 from sparsify.scripts.benchmark.shapes import MODES, Shape
 from sparsify.tlens.hooked_model import HookedModel
+from sparsify.training.forward_passes import forward_passes
 from sparsify.training.precision import set_precision
 
 pytestmark = pytest.mark.model
@@ -45,7 +46,7 @@ def test_only_the_frozen_model_multiplies_in_bfloat16():
         model.hooked_model.prefix(tokens, 1), {name: note(name) for name in names}, 3
     )
     assert [seen[name] for name in names] == [torch.float32, torch.bfloat16, torch.bfloat16]
-    (acts,) = model.run(tokens, stepper.plan).sae_acts.values()
+    (acts,) = forward_passes(model, tokens, stepper.plan).sae_acts.values()
     assert {acts.input.dtype, acts.c.dtype, acts.output.dtype} == {torch.float32}
     assert stepper.step(tokens).dtype == torch.float32
     state = stepper.stepper.state_dict()["optimizers"][0]["state"]

@@ -21,6 +21,7 @@ from sparsify.scripts.benchmark.reference_step import ReferenceStepper
 from sparsify.scripts.benchmark.shapes import SHAPES, Shape
 from sparsify.tlens.hooked_model import TLENS_HAS_HOOKED_TRANSFORMER, TLensModel
 from sparsify.training.compilation import compile_kernels
+from sparsify.training.forward_passes import forward_passes
 from sparsify.training.forward_plan import derive_plan
 from sparsify.training.optimizers import build_adam
 from sparsify.training.precision import set_precision
@@ -97,15 +98,15 @@ class OurStepper:
 
     def step(self, tokens: Tensor) -> Tensor:
         """One optimizer step; returns the loss."""
-        runs = self.model.run(tokens, self.plan)
-        loss, _ = total_loss(self.loss, runs)
+        passes = forward_passes(self.model, tokens, self.plan)
+        loss, _ = total_loss(self.loss, passes)
         self.stepper.backward(loss)
         return loss.detach()
 
     def measure_l0(self, tokens: Tensor) -> None:
         """Active elements per token, on average."""
         with torch.no_grad():
-            (acts,) = self.model.run(tokens, self.plan).sae_acts.values()
+            (acts,) = forward_passes(self.model, tokens, self.plan).sae_acts.values()
         self.l0 = (acts.c != 0).sum(dim=-1).float().mean().item()
 
 

@@ -90,7 +90,7 @@ class _CheckedParts:
         end = f"of {self.model.hooked_model.n_blocks} blocks, {last} are run"
         if self.plan.is_local:
             return f"{terms}: a local mix; {end}"
-        return f"{terms}; {end}, the first {self.plan.start} once for both runs"
+        return f"{terms}; {end}, the first {self.plan.start} once for both passes"
 
     def check_resume(self) -> str:
         self.checkpoint = find_checkpoint(self.config)
@@ -139,8 +139,8 @@ class _CheckedParts:
                 trainer.resume(self.checkpoint)
 
         def step() -> float:
-            runs = trainer.run(self.tokens)
-            loss, terms = total_loss(self.config.loss, runs, trainer.coefficients.factor)
+            passes = trainer.run(self.tokens)
+            loss, terms = total_loss(self.config.loss, passes, trainer.coefficients.factor)
             check_loss(loss, terms, self.tokens, self.n_samples_done, None, is_watched=True)
             loss.backward()
             trainer.model.zero_grad()

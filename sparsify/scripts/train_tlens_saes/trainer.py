@@ -12,7 +12,7 @@ from torch import Tensor
 from sparsify.evaluation.evaluate import evaluate
 from sparsify.evaluation.results import Evaluation
 from sparsify.losses.loss import total_loss
-from sparsify.losses.passes import Runs
+from sparsify.losses.passes import Passes
 from sparsify.runs.checkpoints import Checkpoint
 from sparsify.runs.saver import CheckpointSaver
 from sparsify.runs.sink import Sink
@@ -25,6 +25,7 @@ from sparsify.training.dead_elements import DeadElements, resample
 from sparsify.training.decoder_bias import set_decoder_bias
 from sparsify.training.finite import check_gradient, check_loss, check_weights
 from sparsify.training.firing_windows import FiringWindows
+from sparsify.training.forward_passes import forward_passes
 from sparsify.training.memory import estimate_memory
 from sparsify.training.optimizers import build_adam
 from sparsify.training.random_state import get_random_state, set_random_state
@@ -86,8 +87,8 @@ class Trainer:
         for tokens in islice(self.loader, n_batches):
             if self.n_samples == 0 and self.config.decoder_bias is not None:
                 self.set_decoder_bias(tokens)
-            runs = self.run(tokens)
-            loss, terms = total_loss(self.config.loss, runs, self.coefficients.factor)
+            passes = self.run(tokens)
+            loss, terms = total_loss(self.config.loss, passes, self.coefficients.factor)
             is_logged = cadence.log.due(self.n_samples + len(tokens))
             is_saved = cadence.save_due(self.n_samples + len(tokens))
             if self.is_watched or is_logged or is_saved:
@@ -98,13 +99,13 @@ class Trainer:
             stepped = self.stepper.backward(loss)
             grad_norm = grad_norm if stepped is None else stepped
             self.n_samples += len(tokens)
-            self.learn_from(runs, is_step=stepped is not None)
+            self.learn_from(passes, is_step=stepped is not None)
 
             if is_logged:
                 learning = {"grad_norm": grad_norm.item(), "lr": self.stepper.lr}
                 learning |= self.coefficients.metrics() | (self.dead.metrics() if self.dead else {})
-                sink.log(train_metrics(loss, terms, runs) | learning, self.n_samples)
-            if alive := self.firing.update(runs, self.n_samples):
+                sink.log(train_metrics(loss, terms, passes) | learning, self.n_samples)
+            if alive := self.firing.update(passes, self.n_samples):
                 sink.log(alive, self.n_samples)
             if cadence.evaluate.due(self.n_samples):
                 self.evaluate(sink)
@@ -113,29 +114,29 @@ class Trainer:
             if is_interrupted():
                 break
 
-    def run(self, tokens: Tensor) -> Runs:
+    def run(self, tokens: Tensor) -> Passes:
         """What the loss of a batch is computed from."""
         tokens = self.on_device(tokens)
-        runs = self.model.run(tokens, self.plan)
+        passes = forward_passes(self.model, tokens, self.plan)
         if self.kept is not None:
-            runs = runs.only(self.kept(tokens))
-        return runs if self.dead is None else self.dead.marked(runs)
+            passes = passes.only(self.kept(tokens))
+        return passes if self.dead is None else self.dead.marked(passes)
 
-    def learn_from(self, runs: Runs, *, is_step: bool) -> None:
+    def learn_from(self, passes: Passes, *, is_step: bool) -> None:
         """What no gradient teaches: who fires; after a step also coefficients, new elements."""
         for position, sae in self.trained_saes.items():
-            sae.learn_from(runs.sae_acts[position])
+            sae.learn_from(passes.sae_acts[position])
         if self.dead is not None:
-            self.dead.update(runs)
+            self.dead.update(passes)
         if not is_step:
             return
-        self.coefficients.update(runs, self.n_samples)
+        self.coefficients.update(passes, self.n_samples)
         resampling = self.config.resampling
         if resampling is None or not self.resampling.due(self.n_samples):
             return
         if self.n_samples <= resampling.until_n_samples and self.dead is not None:
             for position, sae in self.trained_saes.items():
-                dead, acts = self.dead.dead(position), runs.sae_acts[position]
+                dead, acts = self.dead.dead(position), passes.sae_acts[position]
                 self.dead.forget(position, resample(sae, acts, dead, self.stepper.optimizers[0]))
 
     def set_decoder_bias(self, tokens: Tensor) -> None:
@@ -215,11 +216,11 @@ class Trainer:
         return estimate_memory(self.model, self.plan, n_tokens, is_saved=is_saved)
 
 
-def train_metrics(loss: Tensor, terms: dict[str, Tensor], runs: Runs) -> dict[str, float]:
+def train_metrics(loss: Tensor, terms: dict[str, Tensor], passes: Passes) -> dict[str, float]:
     """Numbers of one batch, under the names that are logged; terms without their coefficients."""
     metrics = {"loss": loss.item()}
     metrics |= {f"loss/train/{name}": value.item() for name, value in terms.items()}
-    for position, acts in runs.sae_acts.items():
+    for position, acts in passes.sae_acts.items():
         l0 = (acts.c != 0).sum(dim=-1).float().mean()
         metrics[f"sparsity/train/L_0/{position}"] = l0.item()
     return metrics
