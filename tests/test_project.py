@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from sparsify.runs.config import PLACED
-from sparsify.scripts.train_tlens_saes import run_kinds
+from sparsify.scripts.results import run_kinds
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.settings.base_config import read_yaml, validate_config
 
@@ -115,7 +115,7 @@ def test_make_targets_in_readme_exist():
 
 @pytest.mark.parametrize(
     "module",
-    ["sparsify", "sparsify.cli", *(in_root(s)[:-3].replace("/", ".") for s in SCRIPTS)],
+    ["sparsify", "sparsify.scripts.cli", *(in_root(s)[:-3].replace("/", ".") for s in SCRIPTS)],
 )
 def test_import_is_light(module: str):
     code = f"import sys, {module}; print(*sorted(sys.modules.keys() & {set(HEAVY)!r}))"

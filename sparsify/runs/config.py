@@ -1,10 +1,13 @@
-"""Settings of an `SAETransformer`: which model, and which SAEs in it."""
+"""Settings of an `SAETransformer`, and of a run that trained its SAEs."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Discriminator, Tag, field_validator, model_validator
 
+from sparsify.data.config import DataConfig
+from sparsify.losses.ignored_tokens import IgnoredTokens
+from sparsify.losses.loss import LossConfig
 from sparsify.saes.config import (
     BatchTopKSAEConfig,
     CodebookSAEConfig,
@@ -16,8 +19,15 @@ from sparsify.saes.config import (
     TopKSAEConfig,
     TranscoderConfig,
 )
-from sparsify.settings.base_config import TAG_MARK, BaseConfig, Name, listed, nearest
+from sparsify.settings.base_config import (
+    TAG_MARK,
+    BaseConfig,
+    Name,
+    listed,
+    nearest,
+)
 from sparsify.tlens.hook_names import HookNames
+from sparsify.training.config import TrainingConfig
 
 
 class SAEPlacement(BaseConfig):
@@ -152,3 +162,39 @@ class SAETransformerConfig(BaseConfig):
                 "no code; remove it"
             )
         return self
+
+
+class SAERunConfig(SAETransformerConfig, TrainingConfig):
+    """Settings of a run that trains SAEs, which analysis of the result needs too."""
+
+    loss: LossConfig
+    """Terms and their weights."""
+    train_data: DataConfig
+    """Text that the SAEs are trained on."""
+    eval_data: DataConfig | None = None
+    """Held-out text. null: no evaluation."""
+    ignored_tokens: IgnoredTokens | None = None
+    """Tokens that losses and metrics leave out. null: none."""
+
+    @model_validator(mode="after")
+    def _some_predictions_count(self) -> Self:
+        first_n = self.ignored_tokens.first_n if self.ignored_tokens else 0
+        for name, data in (("train_data", self.train_data), ("eval_data", self.eval_data)):
+            if data is not None and first_n > 0 and first_n > data.n_ctx - 2:
+                raise ValueError(
+                    f"ignored_tokens.first_n ({first_n}) leaves no next token to predict in "
+                    f"sequences of {data.n_ctx} ({name}.n_ctx); lower it"
+                )
+        return self
+
+    @property
+    def mix(self) -> str:
+        """Name of the mix of losses: `local`, or `e2e`, and what else is in the loss.
+
+        `-local` stands for the SAEs' own errors beside the KL, `-downstream` for later errors.
+        """
+        if not any(term.needs_logits for term in self.loss.terms().values()):
+            mix = "local"
+        else:
+            mix = "e2e" if self.loss.out_to_in is None else "e2e-local"
+        return mix if self.loss.in_to_orig is None else f"{mix}-downstream"

@@ -8,13 +8,13 @@ from datetime import datetime
 from pathlib import Path
 
 from sparsify.settings.base_config import BaseConfig, UserError, dump_yaml
+from sparsify.training.config import check_run_name
 
 CONFIG_FILE = "final_config.yaml"
 METRICS_FILE = "metrics.jsonl"
 RESULT_FILE = "eval.json"
 EVALUATION_FILE = "evaluation.json"
 LOCK_FILE = ".lock"
-MAX_RUN_NAME_BYTES = 200  # of the 255 of most file systems; date and time come behind it
 
 
 def check_save_dir(save_dir: Path) -> None:
@@ -33,19 +33,6 @@ def check_save_dir(save_dir: Path) -> None:
 def existing_parent(path: Path) -> Path:
     """`path`, or the first of its parents that is there."""
     return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-
-
-def check_run_name(run_name: str) -> None:
-    """Raise a `UserError` if `run_name` is not the name of a folder."""
-    is_name = Path(run_name).name == run_name != ".." and "\\" not in run_name
-    is_short = len(run_name.encode()) <= MAX_RUN_NAME_BYTES
-    if not (is_name and is_short and run_name.isprintable()):
-        rule = "no slash and no line break, nor be dots alone"
-        raise UserError(
-            f"wandb_run_name: the run's name {run_name!r} also names its folder, so it must have "
-            f"{rule if is_short else f'at most {MAX_RUN_NAME_BYTES} bytes'}; change wandb_run_name "
-            "or wandb_run_name_prefix"
-        )
 
 
 def create_run_folder(save_dir: Path, run_name: str) -> Path:

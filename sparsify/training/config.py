@@ -5,12 +5,12 @@ from typing import Literal, Self
 
 from pydantic import Field, NonNegativeInt, model_validator
 
-from sparsify.runs.run_folder import check_run_name
-from sparsify.settings.base_config import BaseConfig, Count, Name, PositiveFinite, Seed
+from sparsify.settings.base_config import BaseConfig, Count, Name, PositiveFinite, Seed, UserError
 
 DEFAULT_MIN_LR_FACTOR = 0.1
 NEWEST_RUN = "newest"
 """As `resume`, the newest run in save_dir."""
+MAX_RUN_NAME_BYTES = 200  # of the 255 of most file systems; date and time come behind it
 
 
 class DeadElementsConfig(BaseConfig):
@@ -192,3 +192,16 @@ class TrainingConfig(BaseConfig):
                     f"{name}"
                 )
         return self
+
+
+def check_run_name(run_name: str) -> None:
+    """Raise a `UserError` if `run_name` is not the name of a folder."""
+    is_name = Path(run_name).name == run_name != ".." and "\\" not in run_name
+    is_short = len(run_name.encode()) <= MAX_RUN_NAME_BYTES
+    if not (is_name and is_short and run_name.isprintable()):
+        rule = "no slash and no line break, nor be dots alone"
+        raise UserError(
+            f"wandb_run_name: the run's name {run_name!r} also names its folder, so it must have "
+            f"{rule if is_short else f'at most {MAX_RUN_NAME_BYTES} bytes'}; change wandb_run_name "
+            "or wandb_run_name_prefix"
+        )

@@ -8,19 +8,21 @@ from typing import Any
 
 import pytest
 
-from sparsify.cli import EXIT_BAD_INPUT
 from sparsify.evaluation.frontier import Point, curves_of
 from sparsify.runs.run_folder import write_config
 from sparsify.scripts import tables
+from sparsify.scripts.cli import EXIT_BAD_INPUT, training_scripts
 from sparsify.scripts.results import claims, frontier, run_frontier, run_results
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.scripts.train_tlens_saes.run_train_tlens_saes import main as train
-from sparsify.scripts.train_tlens_saes.sweep import load_sweep
-from sparsify.settings.base_config import UserError, load_config
+from sparsify.settings.base_config import BaseConfig, UserError, load_config
+from sparsify.sweeps.jobs import finished_runs
+from sparsify.sweeps.sweep import load_sweep
 
 from .conftest import write_yaml
 
 LATER = "blocks.2.hook_resid_pre"
+SCRIPTS = training_scripts().values()
 
 
 def points(mix: str, factor: float) -> list[Point]:
@@ -67,7 +69,9 @@ def test_a_table_is_put_between_its_comments(tmp_path: Path):
 
 
 def test_recipes_of_results_are_valid():
-    sweeps = {path.stem: load_sweep(path) for path in (run_results.FOLDER / "sweeps").glob("*")}
+    sweeps: dict[str, list[Any]] = {
+        path.stem: load_sweep(path, SCRIPTS) for path in (run_results.FOLDER / "sweeps").glob("*")
+    }
     assert set(sweeps) == {*run_results.FRONTIER, *run_results.LONG, *run_results.TOPK}
     (start, *_), (whole, *_) = sweeps["topk_nine_tenths"], sweeps["topk_local"]
     last = load_config(Config, [str(run_results.FINETUNE), "--saes.pretrained_sae_paths=[run]"], "")
@@ -140,7 +144,7 @@ def test_the_page_of_results_is_made_of_runs(
     sweeps: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     for path in (sweeps / "sweeps").glob("*"):
-        for job in load_sweep(path):
+        for job in load_sweep(path, SCRIPTS):
             assert train(job.arguments) == 0
     page = sweeps / "results.md"
     page.write_text((run_results.DOCS / "results.md").read_text())
@@ -184,7 +188,7 @@ def test_the_page_of_results_is_made_of_runs(
     assert page.read_text() == text
 
 
-def fake_run(folder: Path, config: Config, name: str, **metrics: float | None) -> Path:
+def fake_run(folder: Path, config: BaseConfig, name: str, **metrics: float | None) -> Path:
     """What a finished run leaves of what a frontier reads."""
     run = folder / name
     run.mkdir(parents=True)
@@ -208,14 +212,16 @@ def test_runs_that_are_not_alike_make_no_curve(
 ):
     base = {**sae_settings, "save_dir": str(tmp_path / "out")}
     grid = {"loss__sparsity__coeff": [1.0, 2.0], "lr": [0.01, 0.02]}
-    jobs = load_sweep(write_sweep(tmp_path, "grid", base, **grid))
-    fake_run(tmp_path / "out", jobs[0].config, "a", l0=0.0)
-    fake_run(tmp_path / "out", jobs[2].config, "b", ce_increase=None)
-    assert frontier.points_of(jobs) == []
+    jobs = load_sweep(write_sweep(tmp_path, "grid", base, **grid), SCRIPTS)
+    runs = [
+        fake_run(tmp_path / "out", jobs[0].config, "a", l0=0.0),
+        fake_run(tmp_path / "out", jobs[2].config, "b", ce_increase=None),
+    ]
+    assert frontier.points_of(runs) == []
     assert capsys.readouterr().out.count("left out: ") == 2
-    fake_run(tmp_path / "out", jobs[1].config, "c")
+    runs.append(fake_run(tmp_path / "out", jobs[1].config, "c"))
     with pytest.raises(UserError, match=r"is not of one curve with .*, as it has lr: 0.02 instead"):
-        frontier.points_of(jobs)
+        frontier.points_of(runs)
 
 
 def test_kinds_have_curves_of_their_own(sae_settings: dict[str, Any], tmp_path: Path):
@@ -225,12 +231,12 @@ def test_kinds_have_curves_of_their_own(sae_settings: dict[str, Any], tmp_path: 
         job
         for kind in ("topk", "batch_topk")
         for job in load_sweep(
-            write_sweep(tmp_path, kind, {**base, "saes": {**saes, "kind": kind}}, saes__k=[2, 4])
+            write_sweep(tmp_path, kind, {**base, "saes": {**saes, "kind": kind}}, saes__k=[2, 4]),
+            SCRIPTS,
         )
     ]
-    for index, job in enumerate(jobs):
-        fake_run(tmp_path / "out", job.config, str(index))
-    assert [(point.mix, point.coeff) for point in frontier.points_of(jobs)] == [
+    runs = [fake_run(tmp_path / "out", job.config, str(index)) for index, job in enumerate(jobs)]
+    assert [(point.mix, point.coeff) for point in frontier.points_of(runs)] == [
         ("topk e2e", 2.0), ("topk e2e", 4.0), ("batch_topk e2e", 2.0), ("batch_topk e2e", 4.0),
     ]  # fmt: skip
 
@@ -250,14 +256,24 @@ def test_a_frontier_is_that_of_finished_runs(sweeps: Path, capsys: pytest.Captur
     arguments = [*paths, "--to", str(sweeps / "frontier")]
     assert run_frontier.main(arguments) == EXIT_BAD_INPUT
     assert "none of 6 runs is finished; do them with run_sweep.py" in capsys.readouterr().err
-    for job in load_sweep(Path(paths[0])):
+    jobs = load_sweep(Path(paths[0]), SCRIPTS)
+    for job in jobs:
         assert train(job.arguments) == 0
     assert run_frontier.main(arguments) == 0
     assert "4 of 6 runs." in capsys.readouterr().out
     assert (sweeps / "frontier" / "frontier.json").exists()
-    found = frontier.points_of(load_sweep(Path(paths[0])))
+    found = frontier.points_of(finished_runs(jobs))
     assert [(point.mix, point.coeff, point.seed) for point in found] == [
         ("local", 10.0, 0), ("local", 10.0, 1), ("local", 0.01, 0), ("local", 0.01, 1),
     ]  # fmt: skip
     assert all(math.isfinite(point.ce_increase) for point in found)
     assert claims.at_same_ce([]) == {}
+    # The same of folders: of all runs, or of some.
+    everything = str(sweeps / "out")
+    assert run_frontier.main([everything, "--to", str(sweeps / "frontier")]) == 0
+    assert "4 of 4 runs." in capsys.readouterr().out
+    one, another = (str(run) for run in finished_runs(jobs)[:2])
+    assert run_frontier.main([one, another, one, "--to", str(sweeps / "frontier")]) == 0
+    assert "2 of 2 runs." in capsys.readouterr().out
+    assert run_frontier.main([str(sweeps / "recipes")]) == EXIT_BAD_INPUT
+    assert "is neither the folder of a finished run" in capsys.readouterr().err

@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
-from sparsify.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED
-from sparsify.scripts.train_tlens_saes import processes, run_sweep
+from sparsify.scripts.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED, training_scripts
+from sparsify.scripts.sweep import run_sweep
 from sparsify.scripts.train_tlens_saes.config import Config
-from sparsify.scripts.train_tlens_saes.sweep import load_sweep
 from sparsify.settings.base_config import UserError, load_config, read_yaml
+from sparsify.sweeps import processes
+from sparsify.sweeps.sweep import load_sweep
 
 from .conftest import write_yaml
 
+SCRIPTS = training_scripts().values()
 COMMAND = ["${env}", "python", "${program}", "RECIPE", "${args}"]
 
 
@@ -58,12 +60,13 @@ def test_a_sweep_is_all_combinations_of_its_values(recipe: dict[str, Any], tmp_p
         "saes.sae_positions": {"value": "blocks.2.hook_resid_pre"},
         "seed": {"values": [0, 1, 2]},
     }
-    found = load_sweep(write_sweep(tmp_path, recipe, parameters))
-    assert [(job.config.loss.sparsity.coeff, job.config.seed) for job in found] == [  # pyright: ignore[reportOptionalMemberAccess]
+    found = load_sweep(write_sweep(tmp_path, recipe, parameters), SCRIPTS)
+    configs: list[Any] = [job.config for job in found]  # of a script that a sweep file names
+    assert [(config.loss.sparsity.coeff, config.seed) for config in configs] == [
         (0.5, 0), (0.5, 1), (0.5, 2), (2.0, 0), (2.0, 1), (2.0, 2),
     ]  # fmt: skip
-    for job in found:
-        assert job.config.saes.sae_positions == ["blocks.2.hook_resid_pre"]
+    for config in configs:
+        assert config.saes.sae_positions == ["blocks.2.hook_resid_pre"]
     assert found[1].label.startswith("grid loss.sparsity.coeff=0.5 ")
 
 
@@ -78,10 +81,11 @@ def test_wandb_gives_a_run_the_same_arguments(recipe: dict[str, Any], tmp_path: 
     sweep = write_sweep(
         tmp_path, recipe, {name: {"value": value} for name, value in settings.items()}
     )
-    (job,) = load_sweep(sweep)
+    (job,) = load_sweep(sweep, SCRIPTS)
     content = read_yaml(sweep)
     given = create_sweep_command_args({"args": content["parameters"]})["args"]
     assert load_config(Config, [content["command"][3], *given], "") == job.config
+    assert isinstance(job.config, Config)
     assert job.config.compile
 
 
@@ -106,7 +110,7 @@ def test_bad_sweep_is_rejected(
 ):
     sweep = write_sweep(tmp_path, recipe, **{"parameters": {"seed": {"value": 1}}, **changes})
     with pytest.raises(UserError, match=message):
-        load_sweep(sweep)
+        load_sweep(sweep, SCRIPTS)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +210,7 @@ def test_a_sweep_waits_for_runs_that_a_killed_one_left_behind(
     script = f"""
 import os, signal, subprocess, sys
 from pathlib import Path
-from sparsify.scripts.train_tlens_saes.processes import sole_owner
+from sparsify.sweeps.processes import sole_owner
 with sole_owner([Path({str(tmp_path / "logs")!r})]) as locks:
     subprocess.Popen([sys.executable, "-c", "input()"], pass_fds=locks, start_new_session=True)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -266,7 +266,7 @@ def test_nearest_names_what_is_similar(name: str, shown: str):
 
 CONFIGS = (
     "sparsify.settings.base_config",
-    "sparsify.cli",
+    "sparsify.scripts.cli",
     "sparsify.runs.config",
     "sparsify.tlens.architecture",
     "sparsify.losses.loss",

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsify.cli import let_threads_sleep
 from sparsify.scripts.benchmark.shapes import MODES, SHAPES, TECHNIQUES
+from sparsify.scripts.cli import let_threads_sleep
 
 Row = dict[str, Any]
 """Strings and numbers by name."""

@@ -13,12 +13,12 @@ from sparsify.evaluation.geometry import DictionarySimilarity, compare_dictionar
 from sparsify.evaluation.suite import evaluate_suite
 from sparsify.evaluation.suite_results import Suite
 from sparsify.evaluation.suite_table import format_similarities, format_suite
+from sparsify.runs.config import SAERunConfig
 from sparsify.runs.run_folder import EVALUATION_FILE, write_text
 from sparsify.runs.saved import model_identity
+from sparsify.runs.text import kept_tokens, load_eval_batches
 from sparsify.runs.weight_files import WEIGHTS_NAME, checkpoint_at, load_weights
 from sparsify.scripts.evaluate.run_evaluate import SavedRun
-from sparsify.scripts.train_tlens_saes.config import Config
-from sparsify.scripts.train_tlens_saes.parts import kept_tokens, load_eval_batches
 from sparsify.settings.base_config import UserError
 from sparsify.tlens.loading import resolve_device
 
@@ -31,7 +31,8 @@ class EvaluationTarget:
     """One checkpoint of a run, and where its evaluation goes."""
 
     path: Path
-    config: Config
+    config: SAERunConfig
+    device: str
     result: Path
 
 
@@ -71,7 +72,7 @@ def find_target(run: SavedRun) -> EvaluationTarget:
     if match is None:
         raise UserError(f"{path}: is no checkpoint; give a samples_{{N}}.safetensors of the run")
     name = EVALUATION_FILE if run.path.is_dir() else f"evaluation_{match[1]}.json"
-    return EvaluationTarget(path, run.config, path.parent / name)
+    return EvaluationTarget(path, run.config, run.device, path.parent / name)
 
 
 def comparable_pairs(targets: Sequence[EvaluationTarget]) -> list[Pair]:
@@ -113,7 +114,7 @@ def identity(target: EvaluationTarget) -> tuple[str, str]:
 def evaluate_checkpoint(target: EvaluationTarget) -> tuple[Suite, dict[str, Tensor]]:
     """All that is measured, and the alive elements of each dictionary."""
     config = target.config
-    model = SAETransformer.from_local_path(target.path, resolve_device(config.device))
+    model = SAETransformer.from_local_path(target.path, resolve_device(target.device))
     batches = load_eval_batches(config, model.tlens_model)
     suite = evaluate_suite(model, batches, kept=kept_tokens(config, model.tlens_model))
     elements = {

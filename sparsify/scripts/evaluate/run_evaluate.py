@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsify.cli import exit_code_of
+from sparsify.runs.config import SAERunConfig
 from sparsify.runs.run_folder import CONFIG_FILE
-from sparsify.scripts.train_tlens_saes.config import Config
-from sparsify.settings.base_config import UserError, read_yaml, validate_config
+from sparsify.scripts.cli import exit_code_of, read_sae_run
+from sparsify.settings.base_config import UserError
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,11 @@ class SavedRun:
     path: Path
     """A run folder, which means its newest checkpoint, or one checkpoint in it."""
 
-    config: Config
-    """That of the run."""
+    config: SAERunConfig
+    """Settings of the run."""
+
+    device: str
+    """Where to evaluate it, or auto."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -122,14 +125,14 @@ def find_runs(paths: Sequence[Path], n_samples: int | None, device: str) -> list
                 f"{path}: is no run, as there is no {CONFIG_FILE} in '{folder}'; give the folder "
                 "of a run that trained SAEs, or a checkpoint in it"
             )
-        source = folder / CONFIG_FILE
-        config = validate_config(Config, read_yaml(source), str(source))
+        config = read_sae_run(folder)
         if config.eval_data is None:
             raise UserError(
-                f"{source}: has no eval_data, so there is no text to evaluate on; set it there"
+                f"{folder / CONFIG_FILE}: has no eval_data, so there is no text to evaluate on; "
+                "set it there"
             )
-        changes = {"device": device, "eval_n_samples": n_samples or config.eval_n_samples}
-        runs[path.resolve()] = SavedRun(path, config.model_copy(update=changes))
+        n_eval = {"eval_n_samples": n_samples or config.eval_n_samples}
+        runs[path.resolve()] = SavedRun(path, config.model_copy(update=n_eval), device)
     return list(runs.values())
 
 

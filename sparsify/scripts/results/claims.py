@@ -12,9 +12,9 @@ from typing import Any
 
 from sparsify.evaluation.frontier import Curves, read_all, spread
 from sparsify.runs.run_folder import CONFIG_FILE, EVALUATION_FILE, RESULT_FILE
+from sparsify.scripts.cli import read_sae_run
 from sparsify.scripts.results.frontier import MIXES, point_of
 from sparsify.scripts.tables import markdown_table
-from sparsify.scripts.train_tlens_saes.jobs import Job, known_runs
 from sparsify.settings.base_config import read_yaml
 
 CE_INCREASE = 0.25
@@ -27,27 +27,27 @@ Chosen = dict[str, list[Path]]
 """Run folders by mix, in the order of their seeds."""
 
 
-def at_same_ce(jobs: Sequence[Job]) -> Chosen:
-    """Of each mix the runs with the coefficient that comes closest to `CE_INCREASE`.
+def at_same_ce(runs: Sequence[Path]) -> Chosen:
+    """Return of each mix the runs with the coefficient that comes closest to `CE_INCREASE`.
 
     Only coefficients count whose runs are finished with all seeds that any has.
     """
-    known = known_runs(jobs)
-    runs: dict[str, dict[float, dict[int, tuple[float, Path]]]] = {}
-    for job in jobs:
-        if (run := known.finished(job)) is None:
-            continue
-        if (point := point_of(job.config.mix, job.config, run)) is not None:
-            by_seed = runs.setdefault(point.mix, {}).setdefault(point.coeff, {})
+    found: dict[str, dict[float, dict[int, tuple[float, Path]]]] = {}
+    for run in runs:
+        config = read_sae_run(run)
+        if (point := point_of(config.mix, config, run)) is not None:
+            by_seed = found.setdefault(point.mix, {}).setdefault(point.coeff, {})
             by_seed[point.seed] = point.ce_increase, run
-    seeds = {seed for by_coeff in runs.values() for found in by_coeff.values() for seed in found}
+    seeds = {
+        seed for by_coeff in found.values() for by_seed in by_coeff.values() for seed in by_seed
+    }
 
-    def distance(found: dict[int, tuple[float, Path]]) -> float:
-        return abs(mean(ce_increase for ce_increase, _ in found.values()) - CE_INCREASE)
+    def distance(by_seed: dict[int, tuple[float, Path]]) -> float:
+        return abs(mean(ce_increase for ce_increase, _ in by_seed.values()) - CE_INCREASE)
 
     chosen: Chosen = {}
     for mix in MIXES:
-        whole = [found for found in runs.get(mix, {}).values() if set(found) == seeds]
+        whole = [by_seed for by_seed in found.get(mix, {}).values() if set(by_seed) == seeds]
         if whole:
             nearest = min(whole, key=distance)
             chosen[mix] = [nearest[seed][1] for seed in sorted(seeds)]
@@ -166,16 +166,17 @@ def _similarity(
     ]
 
 
-def finetune_table(sweeps: Mapping[str, Sequence[Job]]) -> list[str]:
-    """CE increase of TopK SAEs that were trained in three ways on equally many tokens."""
-    known = known_runs([job for jobs in sweeps.values() for job in jobs])
+def finetune_table(runs: Mapping[str, Sequence[Path]]) -> list[str]:
+    """Return the CE increase of TopK SAEs, trained in three ways on equally many tokens.
+
+    Args:
+        runs: Finished runs by the name of their sweep.
+    """
     arms = {"local": "topk_local", "local, then finetuned": "finetune", "e2e": "topk_e2e"}
     found: dict[int, Curves] = {}
     for arm, sweep in arms.items():
-        for job in sweeps[sweep]:
-            run = known.finished(job)
-            point = None if run is None else point_of(arm, job.config, run)
-            if point is not None:
+        for run in runs[sweep]:
+            if (point := point_of(arm, read_sae_run(run), run)) is not None:
                 seeds = found.setdefault(int(point.coeff), {}).setdefault(arm, {})
                 seeds[point.seed % FINETUNE_SEED] = [point]
     rows = []

@@ -20,11 +20,11 @@ from sparsify.evaluation.frontier import (
     read_all,
     spread,
 )
-from sparsify.runs.run_folder import RESULT_FILE, replace_atomically, write_text
+from sparsify.runs.config import SAERunConfig
+from sparsify.runs.run_folder import CONFIG_FILE, RESULT_FILE, replace_atomically, write_text
+from sparsify.scripts.cli import read_sae_run
 from sparsify.scripts.tables import markdown_table
-from sparsify.scripts.train_tlens_saes.config import Config
-from sparsify.scripts.train_tlens_saes.jobs import Job, known_runs
-from sparsify.settings.base_config import UserError
+from sparsify.settings.base_config import UserError, read_yaml
 from sparsify.settings.differences import differing_settings
 
 if TYPE_CHECKING:
@@ -50,37 +50,32 @@ MAY_DIFFER = {
 Row = dict[str, float | int | None]
 
 
-def write_frontier(jobs: Sequence[Job], folder: Path) -> list[str]:
-    """Compare the finished runs of some jobs; writes what comes out, returns it as tables."""
-    points = points_of(jobs)
+def write_frontier(runs: Sequence[Path], n_planned: int, folder: Path) -> list[str]:
+    """Compare some finished runs, of `n_planned`; writes the result, returns it as tables."""
+    points = points_of(runs)
     found = curves_of(points)
     folder.mkdir(parents=True, exist_ok=True)
     rows = json.dumps(frontier_rows(found), indent=1)
     write_text(folder / "frontier.json", f"{rows}\n")
-    runs = json.dumps([asdict(point) for point in points], indent=1)
-    write_text(folder / "frontier_points.json", f"{runs}\n")
+    rows = json.dumps([asdict(point) for point in points], indent=1)
+    write_text(folder / "frontier_points.json", f"{rows}\n")
     plot_frontier(found, folder / "frontier.png")
-    return [f"{len(points)} of {len(jobs)} runs.", "", *frontier_tables(found)]
+    return [f"{len(points)} of {n_planned} runs.", "", *frontier_tables(found)]
 
 
-def points_of(jobs: Iterable[Job]) -> list[Point]:
-    """The finished runs of some jobs, each with one SAE; says which cannot be compared.
+def points_of(runs: Sequence[Path]) -> list[Point]:
+    """Return the points of some finished runs, each with one SAE; says which have none.
 
     Raises:
-        UserError: None is finished, or runs of one curve differ in more than their seed and what
-            makes them sparse.
+        UserError: Runs of one curve differ in more than their seed and what makes them sparse.
     """
-    jobs = list(jobs)
-    known = known_runs(jobs)
-    runs = [(job.config, run) for job in jobs if (run := known.finished(job)) is not None]
-    if not runs:
-        raise UserError(f"none of {len(jobs)} runs is finished; do them with run_sweep.py")
-    kinds = {config.saes.kind for config, _ in runs}
-    alike: dict[str, tuple[Config, Path]] = {}
+    configs = {run: read_sae_run(run) for run in runs}
+    kinds = {config.saes.kind for config in configs.values()}
+    first: dict[str, Path] = {}
     points = []
-    for config, run in runs:
+    for run, config in configs.items():
         name = config.mix if len(kinds) == 1 else f"{config.saes.kind} {config.mix}"
-        check_alike(*alike.setdefault(name, (config, run)), config, run)
+        check_alike(first.setdefault(name, run), run)
         point = point_of(name, config, run)
         if point is None:
             print(f"left out: {run}, whose L0 is 0, or which has numbers that are not finite")
@@ -89,23 +84,22 @@ def points_of(jobs: Iterable[Job]) -> list[Point]:
     return points
 
 
-def check_alike(first: Config, first_run: Path, config: Config, run: Path) -> None:
+def check_alike(first: Path, run: Path) -> None:
     """Raise a `UserError` if two runs do not belong to one curve."""
+    before, now = read_yaml(first / CONFIG_FILE), read_yaml(run / CONFIG_FILE)
     found = [
         one
-        for one in differing_settings(
-            "", first.model_dump(mode="json"), config.model_dump(mode="json")
-        )
+        for one in differing_settings("", before, now)
         if one.partition(":")[0] not in MAY_DIFFER
     ]
     if found:
         raise UserError(
-            f"{run}: is not of one curve with {first_run}, as it has {', '.join(found)}; compare "
+            f"{run}: is not of one curve with {first}, as it has {', '.join(found)}; compare "
             "runs that differ in their seed and in how sparse they are"
         )
 
 
-def point_of(name: str, config: Config, run: Path) -> Point | None:
+def point_of(name: str, config: SAERunConfig, run: Path) -> Point | None:
     """What is compared of a finished run. None: it is not finite, or nothing is active.
 
     Raises:

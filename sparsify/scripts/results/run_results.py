@@ -13,20 +13,14 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
-from sparsify.cli import exit_code_of
-from sparsify.scripts.evaluate import run_evaluate
+from sparsify.scripts.cli import exit_code_of, read_sae_run, run_command, training_scripts
 from sparsify.scripts.results import claims
 from sparsify.scripts.results.frontier import write_frontier
 from sparsify.scripts.tables import check_places, put_into
-from sparsify.scripts.train_tlens_saes.config import Config
-from sparsify.scripts.train_tlens_saes.jobs import (
-    Job,
-    KnownRuns,
-    known_runs,
-)
-from sparsify.scripts.train_tlens_saes.processes import add_processes_option, do_jobs
-from sparsify.scripts.train_tlens_saes.sweep import load_sweep
 from sparsify.settings.base_config import load_config
+from sparsify.sweeps.jobs import Job, Script, finished_runs
+from sparsify.sweeps.processes import add_processes_option, do_jobs
+from sparsify.sweeps.sweep import load_sweep
 
 FOLDER = Path(__file__).parent
 DOCS = FOLDER.parents[2] / "docs"
@@ -51,50 +45,52 @@ def make_results(n_processes: int | None) -> int:
     """Do all that is not done yet; returns the exit code: 1 if a run failed."""
     check_places(DOCUMENT, SECTIONS)
     names = (*FRONTIER, *LONG, *TOPK)
-    sweeps = {name: load_sweep(FOLDER / "sweeps" / f"{name}.yaml") for name in names}
+    script = training_scripts()["train-saes"]
+    sweeps = {name: load_sweep(FOLDER / "sweeps" / f"{name}.yaml", [script]) for name in names}
     code = do_jobs([*chain(*sweeps.values())], n_processes)
-    known = known_runs([*chain(*sweeps.values())])
-    sweeps["finetune"] = finetune_jobs(sweeps["topk_nine_tenths"], known)
+    sweeps["finetune"] = finetune_jobs(finished_runs(sweeps["topk_nine_tenths"]), script)
     if sweeps["finetune"]:
         code |= do_jobs(sweeps["finetune"], n_processes)
-    put_into(DOCUMENT, "finetune", claims.finetune_table(sweeps))
-    compared = [job for name in FRONTIER for job in sweeps[name]]
-    longer = [job for name in LONG for job in sweeps[name]]
-    put_into(DOCUMENT, "frontier", write_frontier(compared, RESULTS))
-    put_into(DOCUMENT, "long", write_frontier(longer, RESULTS / "long"))
-    return code | compare_runs(compared)
+    runs = {name: finished_runs(jobs) for name, jobs in sweeps.items()}
+    put_into(DOCUMENT, "finetune", claims.finetune_table(runs))
+    for section, group, folder in (
+        ("frontier", FRONTIER, RESULTS),
+        ("long", LONG, RESULTS / "long"),
+    ):
+        compared = [run for name in group for run in runs[name]]
+        n_planned = sum(len(sweeps[name]) for name in group)
+        put_into(DOCUMENT, section, write_frontier(compared, n_planned, folder))
+    return code | compare_runs([run for name in FRONTIER for run in runs[name]])
 
 
-def finetune_jobs(starts: Iterable[Job], known: KnownRuns) -> list[Job]:
-    """The last tenth of each run whose first nine tenths are done."""
+def finetune_jobs(starts: Iterable[Path], script: Script) -> list[Job]:
+    """Return the last tenth of each run whose first nine tenths are done."""
     jobs = []
-    for start in starts:
-        if (run := known.finished(start)) is None:
-            continue
-        seed = start.config.seed + claims.FINETUNE_SEED
-        k = start.config.saes.n_active
+    for run in starts:
+        start = read_sae_run(run)
+        seed = start.seed + claims.FINETUNE_SEED
+        k = start.saes.n_active
         arguments = [
             str(FINETUNE),
             f"--saes.k={k}",
             f"--seed={seed}",
             f"--saes.pretrained_sae_paths={json.dumps([str(run)])}",
         ]
-        config = load_config(Config, arguments, "")
-        jobs.append(Job(f"finetune saes.k={k} seed={seed}", arguments, config))
+        config = load_config(script.config, arguments, "")
+        jobs.append(Job(f"finetune saes.k={k} seed={seed}", script, arguments, config))
     return jobs
 
 
-def compare_runs(jobs: Sequence[Job]) -> int:
+def compare_runs(compared: Sequence[Path]) -> int:
     """Evaluate the runs of each mix that come closest to the same CE increase, and compare them."""
-    chosen = claims.at_same_ce(jobs)
+    chosen = claims.at_same_ce(compared)
     runs = [run for runs in chosen.values() for run in runs]
     if len(runs) < 2:
         return 0
     similarities = RESULTS / "geometry.json"
     code = 0
     if not claims.are_compared(runs, similarities):
-        arguments = [*map(str, runs), "--compare", str(similarities)]
-        code = run_evaluate.main(arguments)
+        code = run_command("evaluate", [*map(str, runs), "--compare", str(similarities)])
     if code == 0:
         put_into(DOCUMENT, "same ce", claims.evaluation_table(chosen))
         put_into(DOCUMENT, "downstream", claims.downstream_table(chosen))

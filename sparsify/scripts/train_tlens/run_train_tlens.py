@@ -10,7 +10,7 @@ only the config is read, so that help and errors come before torch is loaded.
 import sys
 from collections.abc import Sequence
 
-from sparsify.cli import run_script
+from sparsify.scripts.cli import run_script
 from sparsify.scripts.train_tlens.config import Config
 
 

@@ -4,28 +4,18 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from sparsify.data.config import DataConfig
-from sparsify.losses.ignored_tokens import IgnoredTokens
-from sparsify.losses.loss import LossConfig, check_loss_suits_kind
-from sparsify.runs.config import SAETransformerConfig
+from sparsify.losses.loss import check_loss_suits_kind
+from sparsify.runs.config import SAERunConfig
 from sparsify.settings.base_config import Count
-from sparsify.training.config import DeadElementsConfig, ResamplingConfig, TrainingConfig
+from sparsify.training.config import DeadElementsConfig, ResamplingConfig
 
 DEFAULT_ACT_FREQUENCY_N_TOKENS = 500_000
 MAX_MODEL_NAME = 100
 
 
-class Config(SAETransformerConfig, TrainingConfig):
+class Config(SAERunConfig):
     """SAEs trained inside a frozen language model."""
 
-    loss: LossConfig
-    """Terms and their weights."""
-    train_data: DataConfig
-    """What the SAEs are trained on."""
-    eval_data: DataConfig | None = None
-    """Held-out text. null: no evaluation."""
-    ignored_tokens: IgnoredTokens | None = None
-    """Tokens that losses and metrics leave out. null: none."""
     decoder_bias: Literal["mean", "geometric_median"] | None = None
     """What the decoder's bias starts as: the middle of the activations of the first batch. null: as
     the kind has it."""
@@ -104,17 +94,6 @@ class Config(SAETransformerConfig, TrainingConfig):
         return self
 
     @model_validator(mode="after")
-    def _some_predictions_count(self) -> Self:
-        first_n = self.ignored_tokens.first_n if self.ignored_tokens else 0
-        for name, data in (("train_data", self.train_data), ("eval_data", self.eval_data)):
-            if data is not None and first_n > 0 and first_n > data.n_ctx - 2:
-                raise ValueError(
-                    f"ignored_tokens.first_n ({first_n}) leaves no next token to predict in "
-                    f"sequences of {data.n_ctx} ({name}.n_ctx); lower it"
-                )
-        return self
-
-    @model_validator(mode="after")
     def _changes_come_in_time(self) -> Self:
         for name, term in self.loss.terms().items():
             warmup = term.schedule.warmup_samples if term.schedule else 0
@@ -142,18 +121,6 @@ class Config(SAETransformerConfig, TrainingConfig):
                 "there is no resampling; lower it"
             )
         return self
-
-    @property
-    def mix(self) -> str:
-        """What SAEs are trained on: `local`, or `e2e`, and what else is in the loss.
-
-        That is `-local` for the SAEs' own errors beside the KL, `-downstream` for later errors.
-        """
-        if not any(term.needs_logits for term in self.loss.terms().values()):
-            mix = "local"
-        else:
-            mix = "e2e" if self.loss.out_to_in is None else "e2e-local"
-        return mix if self.loss.in_to_orig is None else f"{mix}-downstream"
 
     @property
     def default_run_name(self) -> str:

@@ -1,22 +1,16 @@
 """The parts of a run: what is opened of all that its config names, before anything is trained."""
 
 from dataclasses import dataclass
-from itertools import islice
-from typing import Literal
 
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
-from sparsify.data.config import DataConfig
-from sparsify.data.loader import TokenLoader, build_loader
-from sparsify.evaluation.evaluate import Kept
+from sparsify.data.loader import TokenLoader
 from sparsify.runs.saved import build_sae_transformer
+from sparsify.runs.text import load_eval_batches, open_text
 from sparsify.sae_transformer import SAETransformer
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.settings.base_config import UserError
-from sparsify.tlens.hooked_model import TLensModel
 from sparsify.tlens.loading import resolve_device
-from sparsify.tlens.tokenizers import bos_token, load_tokenizer
 from sparsify.training.compilation import compile_kernels
 from sparsify.training.forward_plan import ForwardPlan, derive_plan
 from sparsify.training.precision import set_precision
@@ -49,23 +43,8 @@ def open_parts(config: Config) -> Parts:
     return Parts(
         model=model,
         plan=derive_plan(model, config.loss),
-        loader=open_data(config, config.train_data, model.tlens_model),
+        loader=open_text(config, config.train_data, model.tlens_model),
         eval_batches=load_eval_batches(config, model.tlens_model),
-    )
-
-
-def open_data(
-    config: Config, data: DataConfig, model: TLensModel, num_workers: Literal[0, 1] = 1
-) -> TokenLoader:
-    """Batches of training or held-out data."""
-    return build_loader(
-        data,
-        batch_size=config.batch_size,
-        tokenizer=find_tokenizer(data, model),
-        seed=config.seed,
-        d_vocab=model.cfg.d_vocab,
-        model_n_ctx=model.cfg.n_ctx,
-        num_workers=num_workers,
     )
 
 
@@ -81,34 +60,6 @@ def check_suits(config: Config, model: SAETransformer) -> None:
                 f"loss.sparsity.target_l0 ({target:g}) is above the number of dictionary elements "
                 f"at '{position}', {n_dict}; lower it"
             )
-
-
-def find_tokenizer(data: DataConfig, model: TLensModel) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that data name, else the model's own, which it may not have."""
-    if data.tokenizer_name and not data.is_tokenized:
-        return load_tokenizer(data.tokenizer_name)
-    return model.tokenizer
-
-
-def kept_tokens(config: Config, model: TLensModel) -> Kept | None:
-    """Which tokens losses and metrics count. None: all."""
-    ignored = config.ignored_tokens
-    if ignored is None:
-        return None
-    tokenizer = find_tokenizer(config.train_data, model)
-    token = None if tokenizer is None else bos_token(tokenizer)
-    ignored.check(token)
-    return lambda tokens: ignored.kept(tokens, token)
-
-
-def load_eval_batches(config: Config, model: TLensModel) -> list[Tensor]:
-    """The held-out batches, where the model is. Empty if there are no such data."""
-    if config.eval_data is None:
-        return []
-    n_batches = -(-config.eval_n_samples // config.batch_size)
-    loader = open_data(config, config.eval_data, model, num_workers=0)
-    device = resolve_device(config.device)
-    return [tokens.to(device) for tokens in islice(loader, n_batches)]
 
 
 def trained_parameters(model: SAETransformer) -> list[nn.Parameter]:

@@ -12,13 +12,11 @@ from sparsify.runs.preflight import (
 )
 from sparsify.runs.resume import explained_misfit
 from sparsify.runs.saved import add_saes, load_model
+from sparsify.runs.text import find_tokenizer, load_eval_batches, open_text
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.scripts.train_tlens_saes.parts import (
     Parts,
     check_suits,
-    find_tokenizer,
-    load_eval_batches,
-    open_data,
     trained_parameters,
 )
 from sparsify.scripts.train_tlens_saes.train import find_checkpoint
@@ -109,7 +107,7 @@ class _CheckedParts:
 
     def check_train_data(self) -> str:
         # In this process, as a worker would have to be ended.
-        self.loader = open_data(
+        self.loader = open_text(
             self.config, self.config.train_data, self.tlens_model, num_workers=0
         )
         self.tokens = next(iter(self.loader))

@@ -9,7 +9,7 @@ is loaded.
 import sys
 from collections.abc import Sequence
 
-from sparsify.cli import run_script
+from sparsify.scripts.cli import run_script
 from sparsify.scripts.train_tlens_saes.config import Config
 
 

@@ -16,8 +16,9 @@ from sparsify.losses.passes import Passes
 from sparsify.runs.checkpoints import Checkpoint
 from sparsify.runs.saver import CheckpointSaver
 from sparsify.runs.sink import Sink
+from sparsify.runs.text import kept_tokens
 from sparsify.scripts.train_tlens_saes.config import Config
-from sparsify.scripts.train_tlens_saes.parts import Parts, kept_tokens, trained_parameters
+from sparsify.scripts.train_tlens_saes.parts import Parts, trained_parameters
 from sparsify.tlens.loading import resolve_device
 from sparsify.training.cadence import Cadence, Every
 from sparsify.training.coefficients import Coefficients

@@ -8,11 +8,21 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from dotenv import find_dotenv, load_dotenv
 
-from sparsify.settings.base_config import AnyConfig, UserError, load_config
+from sparsify.runs.config import SAERunConfig
+from sparsify.runs.run_folder import CONFIG_FILE
+from sparsify.settings.base_config import (
+    AnyConfig,
+    UserError,
+    load_config,
+    read_yaml,
+    validate_config,
+)
 from sparsify.settings.secrets import redact_secrets
+from sparsify.sweeps.jobs import Script
 from sparsify.training.config import NEWEST_RUN
 
 EXIT_BAD_INPUT = 2
@@ -26,10 +36,12 @@ COMMANDS = {
     "benchmark": "sparsify.scripts.benchmark.run_benchmark",
     "evaluate": "sparsify.scripts.evaluate.run_evaluate",
     "frontier": "sparsify.scripts.results.run_frontier",
-    "sweep": "sparsify.scripts.train_tlens_saes.run_sweep",
+    "sweep": "sparsify.scripts.sweep.run_sweep",
     "train-saes": "sparsify.scripts.train_tlens_saes.run_train_tlens_saes",
     "train-lm": "sparsify.scripts.train_tlens.run_train_tlens",
 }
+TRAINING = ("train-saes", "train-lm")
+"""Commands whose scripts train, of which each has a `Config`."""
 
 
 def run_script(
@@ -117,6 +129,33 @@ def let_threads_sleep() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
+def training_scripts() -> dict[str, Script]:
+    """The scripts that train, by their command."""
+    modules = {command: importlib.import_module(COMMANDS[command]) for command in TRAINING}
+    return {
+        command: Script(Path(str(module.__file__)), module.Config)
+        for command, module in modules.items()
+    }
+
+
+def read_sae_run(run_dir: Path) -> SAERunConfig:
+    """Return the settings of a run that trained SAEs, from its `final_config.yaml`.
+
+    Raises:
+        UserError: There is none, or it is not that of such a run.
+    """
+    path = run_dir / CONFIG_FILE
+    config_class = training_scripts()["train-saes"].config
+    config = validate_config(config_class, read_yaml(path), str(path))
+    assert isinstance(config, SAERunConfig)
+    return config
+
+
+def run_command(command: str, argv: Sequence[str]) -> int:
+    """Run the script of a command with some arguments; returns its exit code."""
+    return importlib.import_module(COMMANDS[command]).main(argv)
+
+
 def main() -> int:
     """The `sparsify` command: `sparsify COMMAND`, and the arguments of that script."""
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
@@ -126,5 +165,4 @@ def main() -> int:
     if command not in COMMANDS:
         print(f"error: no command '{command}'; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    script = importlib.import_module(COMMANDS[command])
-    return script.main(sys.argv[2:])
+    return run_command(command, sys.argv[2:])

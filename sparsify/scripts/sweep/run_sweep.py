@@ -1,10 +1,10 @@
-"""Train SAEs with all combinations of some settings.
+"""Train with all combinations of some settings.
 
-    python sparsify/scripts/train_tlens_saes/run_sweep.py SWEEP.yaml [...] [--processes N]
+    python sparsify/scripts/sweep/run_sweep.py SWEEP.yaml [...] [--processes N]
 
-What a sweep file holds is said in `sweep.py`; `wandb sweep SWEEP.yaml` takes it too. Runs that are
-done are not run again, and one that was interrupted goes on: after whatever has ended the command,
-type it again. If a run fails the others go on, and the exit code is 1.
+`sparsify/sweeps/sweep.py` says what a sweep file holds; `wandb sweep SWEEP.yaml` takes it too. Runs
+that are done are not run again, and one that was interrupted is resumed: whatever has ended the
+command, type it again. If a run fails the others continue, and the exit code is 1.
 """
 
 import argparse
@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparsify.cli import exit_code_of
-from sparsify.scripts.train_tlens_saes.processes import add_processes_option, do_jobs
-from sparsify.scripts.train_tlens_saes.sweep import load_sweep
+from sparsify.scripts.cli import exit_code_of, training_scripts
+from sparsify.sweeps.processes import add_processes_option, do_jobs
+from sparsify.sweeps.sweep import load_sweep
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def sweep(paths: Sequence[Path], n_processes: int | None) -> int:
     """Do all runs of some sweeps; returns the exit code: 1 if one failed."""
-    return do_jobs([job for path in paths for job in load_sweep(path)], n_processes)
+    scripts = training_scripts().values()
+    return do_jobs([job for path in paths for job in load_sweep(path, scripts)], n_processes)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from sparsify import cli
-from sparsify.cli import run_script
+from sparsify.scripts import cli
+from sparsify.scripts.cli import run_script
 from sparsify.settings.base_config import BaseConfig, UserError
 
 

@@ -14,9 +14,8 @@ from pathlib import Path
 
 from sparsify.runs.interrupt import held_interrupt
 from sparsify.runs.run_folder import LOCK_FILE
-from sparsify.scripts.train_tlens_saes.jobs import Job, check_leaves_result, known_runs
+from sparsify.sweeps.jobs import Job, check_leaves_result, known_runs
 
-PROGRAM = Path(__file__).with_name("run_train_tlens_saes.py")
 POLL_SECONDS = 0.2
 MAX_LABEL = 150
 
@@ -151,7 +150,7 @@ class _Run:
         file_name = re.sub(r"[^\w.=-]+", "_", job.label)[:MAX_LABEL]
         self.log = logs_of(job) / f"{file_name}.log"
         resume = [] if begun is None else ["--resume", str(begun)]
-        command = [sys.executable, str(PROGRAM), *job.arguments, *resume]
+        command = [sys.executable, str(job.script.program), *job.arguments, *resume]
         what = "begins" if begun is None else f"goes on in {begun}"
         print(f"{name}: {what}, log in {self.log}", flush=True)
         self.is_stopped = False

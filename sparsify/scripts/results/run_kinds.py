@@ -1,10 +1,11 @@
 """Train every kind of SAE in the bundled model, locally and end to end, and tabulate what came out.
 
-    python sparsify/scripts/train_tlens_saes/run_kinds.py [--processes N] [--recipes NAME ...]
+    python sparsify/scripts/results/run_kinds.py [--processes N] [--recipes NAME ...]
 
-One run for each recipe in kinds/. Those whose run folder holds a result of the same config are not
-run again, so an interrupted command can be repeated. The rows go to docs/results/kinds.json and, as
-a table, to docs/kinds.md; those of recipes that have not been run here stay as they were.
+One run for each recipe in train_tlens_saes/kinds/. Those whose run folder holds a result of the
+same config are not run again, so an interrupted command can be repeated. The rows go to
+docs/results/kinds.json and, as a table, to docs/kinds.md; those of recipes that have not been run
+here stay as they were.
 """
 
 import argparse
@@ -14,17 +15,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsify.cli import exit_code_of
 from sparsify.runs.config import PLACED
 from sparsify.runs.run_folder import RESULT_FILE, write_text
+from sparsify.scripts.cli import exit_code_of, read_sae_run, training_scripts
 from sparsify.scripts.tables import check_places, markdown_table, put_into
-from sparsify.scripts.train_tlens_saes.config import Config
-from sparsify.scripts.train_tlens_saes.jobs import Job, known_runs
-from sparsify.scripts.train_tlens_saes.processes import add_processes_option, do_jobs
 from sparsify.settings.base_config import read_yaml, validate_config
+from sparsify.sweeps.jobs import Job, known_runs
+from sparsify.sweeps.processes import add_processes_option, do_jobs
 
 FOLDER = Path(__file__).parent
-RECIPES = FOLDER / "kinds"
+RECIPES = FOLDER.parent / "train_tlens_saes" / "kinds"
 DOCS = FOLDER.parents[2] / "docs"
 MIXES = ("local", "e2e")
 
@@ -49,17 +49,20 @@ def run_kinds(recipes: Iterable[Path], chosen: Iterable[Path], n_processes: int 
     code = do_jobs([job_of(recipe) for recipe in chosen], n_processes)
     jobs = [job_of(recipe) for recipe in recipes]
     known = known_runs(jobs)
-    write([row_of(job.config, run) for job in jobs if (run := known.finished(job)) is not None])
+    write([row_of(run) for job in jobs if (run := known.finished(job)) is not None])
     return code
 
 
 def job_of(recipe: Path) -> Job:
     """The run of a recipe."""
-    return Job(recipe.stem, [str(recipe)], validate_config(Config, read_yaml(recipe), str(recipe)))
+    script = training_scripts()["train-saes"]
+    config = validate_config(script.config, read_yaml(recipe), str(recipe))
+    return Job(recipe.stem, script, [str(recipe)], config)
 
 
-def row_of(config: Config, run: Path) -> Row:
-    """What the table says of a finished run with one SAE."""
+def row_of(run: Path) -> Row:
+    """Row of the table for a finished run with one SAE."""
+    config = read_sae_run(run)
     evaluation: Row = json.loads((run / RESULT_FILE).read_text(encoding="utf-8"))
     metrics, (position,) = evaluation["metrics"], evaluation["n_dict"]
     return {

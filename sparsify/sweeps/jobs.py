@@ -9,8 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sparsify.runs.run_folder import CONFIG_FILE, RESULT_FILE
-from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.settings.base_config import UserError, dump_yaml, read_yaml, validate_config
+from sparsify.training.config import TrainingConfig
+
+
+@dataclass(frozen=True)
+class Script:
+    """A script that trains."""
+
+    program: Path
+    """Its file."""
+
+    config: type[TrainingConfig]
+    """The settings that it takes."""
 
 
 @dataclass(frozen=True)
@@ -18,13 +29,16 @@ class Job:
     """One run to be done."""
 
     label: str
-    """What a person knows it by."""
+    """Name for people."""
+
+    script: Script
+    """The script that does it."""
 
     arguments: list[str]
-    """Of `run_train_tlens_saes.py`."""
+    """Command line of the script, without its name."""
 
-    config: Config
-    """What they come to."""
+    config: TrainingConfig
+    """The settings that they come to."""
 
     @property
     def key(self) -> str:
@@ -36,14 +50,16 @@ class Job:
 class KnownRuns:
     """Run folders by the config that they hold."""
 
-    save_dirs: set[Path]
+    places: set[tuple[Path, type[TrainingConfig]]]
+    """Folders of runs, and the settings of the script that made them."""
+
     folders: dict[str, list[Path]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for save_dir in self.save_dirs:
+        for save_dir, config_class in self.places:
             for path in sorted(save_dir.glob(f"*/{CONFIG_FILE}")):
                 try:
-                    config = validate_config(Config, read_yaml(path), str(path))
+                    config = validate_config(config_class, read_yaml(path), str(path))
                 except UserError:
                     continue  # of another script, or of another version
                 self.folders.setdefault(dump_yaml(config), []).append(path.parent)
@@ -67,14 +83,22 @@ class KnownRuns:
 
 
 def known_runs(jobs: Sequence[Job]) -> KnownRuns:
-    """What is there of some jobs."""
-    return KnownRuns({job.config.save_dir for job in jobs if job.config.save_dir is not None})
+    """The run folders that could be those of some jobs."""
+    return KnownRuns(
+        {(job.config.save_dir, job.script.config) for job in jobs if job.config.save_dir}
+    )
+
+
+def finished_runs(jobs: Sequence[Job]) -> list[Path]:
+    """Return the newest finished run of each job that has one, in the order of the jobs."""
+    known = known_runs(jobs)
+    return [run for job in jobs if (run := known.finished(job)) is not None]
 
 
 def check_leaves_result(job: Job) -> None:
     """Raise a `UserError` if it could not be told that a job is done."""
     for name in ("save_dir", "eval_data"):
-        if getattr(job.config, name) is None:
+        if getattr(job.config, name, None) is None:
             raise UserError(
                 f"{job.label}: {name} is null, so that nothing would tell when the run is done; "
                 f"set {name}"

@@ -13,13 +13,12 @@ recipe or as an argument.
 """
 
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
-from sparsify.scripts.train_tlens_saes.config import Config
-from sparsify.scripts.train_tlens_saes.jobs import Job
 from sparsify.settings.base_config import (
     BaseConfig,
     Count,
@@ -29,8 +28,8 @@ from sparsify.settings.base_config import (
     read_yaml,
     validate_config,
 )
+from sparsify.sweeps.jobs import Job, Script
 
-PROGRAM = "run_train_tlens_saes.py"
 PROGRAM_MACRO, ARGS_MACRO = "${program}", "${args}"
 
 
@@ -64,7 +63,7 @@ class SweepConfig(BaseConfig):
     """Runs of one recipe with all combinations of some settings."""
 
     program: Path
-    """The script that trains: run_train_tlens_saes.py."""
+    """The script that trains, such as run_train_tlens_saes.py."""
     method: Literal["grid"]
     """All combinations."""
     command: list[Name]
@@ -88,8 +87,6 @@ class SweepConfig(BaseConfig):
 
     @model_validator(mode="after")
     def _command_runs_a_recipe(self) -> Self:
-        if self.program.name != PROGRAM:
-            raise ValueError(f"program ({self.program}) must be the path of {PROGRAM}")
         has_macros = PROGRAM_MACRO in self.command and self.command[-1] == ARGS_MACRO
         if not has_macros or not self.recipe_arguments or self.recipe_arguments[0][0] in "-$":
             raise ValueError(
@@ -104,13 +101,22 @@ class SweepConfig(BaseConfig):
         return self.command[self.command.index(PROGRAM_MACRO) + 1 : -1]
 
 
-def load_sweep(path: Path) -> list[Job]:
-    """The runs of a sweep file. The last of its settings changes fastest.
+def load_sweep(path: Path, scripts: Iterable[Script]) -> list[Job]:
+    """Return the runs of a sweep file. The last of its settings changes fastest.
+
+    Args:
+        path: The file.
+        scripts: The scripts that it may name as its program, known by their file name.
 
     Raises:
         UserError: The file, its recipe or the settings of a run are not valid.
     """
     sweep = validate_config(SweepConfig, read_yaml(path), str(path))
+    by_name = {script.program.name: script for script in scripts}
+    if (script := by_name.get(sweep.program.name)) is None:
+        raise UserError(
+            f"{path}: program ({sweep.program}) must be the path of {' or '.join(by_name)}"
+        )
     if not (recipe := Path(sweep.recipe_arguments[0])).is_file():
         raise UserError(
             f"{path}: command: there is no recipe '{recipe}' in '{Path.cwd()}'; run the command in "
@@ -129,7 +135,8 @@ def load_sweep(path: Path) -> list[Job]:
         label = " ".join([path.stem, *varied])
         arguments = [*sweep.recipe_arguments, *options]
         try:
-            jobs.append(Job(label, arguments, load_config(Config, arguments, "")))
+            config = load_config(script.config, arguments, "")
         except UserError as error:
             raise UserError(f"{path}: {label}: {error}") from None
+        jobs.append(Job(label, script, arguments, config))
     return jobs
