@@ -62,7 +62,7 @@ RESUMED: dict[str, tuple[str, tuple[str, ...], str]] = {
     "state no longer kept": (
         "run/samples_8.safetensors",
         (),
-        "has no training state any more, since keep_last keeps that of the last ones; go on from",
+        "has no training state any more, since keep_last keeps that of the last ones; resume from",
     ),
 }
 

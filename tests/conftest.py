@@ -27,6 +27,7 @@ TINY_MODEL: dict[str, Any] = {
     "device": "cpu",
 }
 MODEL_FIXTURES = {"tiny_model", "tiny_bridge", "tlens_model"}
+WORDS = ["def", "return", "yield", "class", "import", "self", "value", "range", "print", "pass"]
 LOCAL_HOSTS = ("127.", "::1", "localhost", "0.0.0.0", "::")
 
 
@@ -58,6 +59,21 @@ def _build_tiny_bridge() -> Any:
 
     config = TransformerBridgeConfig(**TINY_MODEL, architecture="TransformerLensNative")
     return TransformerBridge.boot_native(config).eval()
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """40 texts of different lengths, no two alike."""
+    rng = random.Random(0)
+    return [f"# {i}\n" + " ".join(rng.choices(WORDS, k=rng.randint(1, 60))) for i in range(40)]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(texts: list[str]) -> Any:  # a PreTrainedTokenizerFast
+    """A tokenizer of 300 tokens that was trained on them."""
+    from sparsify.tlens.tokenizers import train_tokenizer
+
+    return train_tokenizer(texts, vocab_size=300)
 
 
 @pytest.fixture(autouse=True)

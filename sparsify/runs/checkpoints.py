@@ -1,8 +1,8 @@
-"""Points from which a run goes on as if it had not stopped.
+"""Checkpoints, from which a run is resumed as if it had not stopped.
 
-Such a point after N samples is three files. `samples_{N}.safetensors` holds the weights,
+A checkpoint after N samples is three files. `samples_{N}.safetensors` holds the weights,
 `state_{N}.pt` all else that the next steps depend on, and `checkpoint_{N}.json`, which is written
-last, the checksums of both. Where that is missing or does not fit, the point before counts.
+last, the checksums of both. Where that is missing or does not fit, the checkpoint before counts.
 """
 
 import hashlib
@@ -35,14 +35,14 @@ NUMBERED_NAME = re.compile(r"(?:checkpoint|samples|state)_(\d+)\.(?:json|safeten
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A point from which a run goes on."""
+    """State of a run after a number of samples."""
 
     run_dir: Path
     n_samples: int
     weights: dict[str, Tensor]
     state: dict[str, Any]  # of optimizers, loader and generators, which have no common type
     damaged: list[str]
-    """Messages about newer points that cannot be used."""
+    """Messages about newer checkpoints that cannot be used."""
 
 
 def save_checkpoint(
@@ -54,16 +54,16 @@ def save_checkpoint(
     keep_last: int,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write the files of a point to go on from, and return the path of its weights.
+    """Write the files of a checkpoint, and return the path of its weights.
 
-    Points beyond the last `keep_last` lose their state. Their weights stay.
+    Checkpoints beyond the last `keep_last` lose their state. Their weights stay.
 
     Args:
         run_dir: Folder of the run.
         n_samples: Samples trained on so far.
         weights: A state dict. No two entries may share memory.
         state: Tensors, numbers and strings in dictionaries, lists and tuples.
-        keep_last: How many points to keep.
+        keep_last: How many checkpoints keep their state.
         metadata: What the weights belong to, kept in their file's header. None: no metadata.
 
     Raises:
@@ -86,7 +86,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """The newest whole point of a run folder, or the one that a file in it belongs to.
+    """Return the newest whole checkpoint of a run folder, or that which a file in it belongs to.
 
     Raises:
         UserError: There is none.
@@ -103,7 +103,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             _check_files(run_dir, number)
         except UserError as error:
             damaged.append(str(error))
-        except OSError as error:  # which may pass, so the point is not given up
+        except OSError as error:  # which may pass, so the checkpoint is not given up
             raise UserError(
                 f"{error.filename}: cannot be read ({error.strerror}); try again"
             ) from None
@@ -116,10 +116,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if wanted is not None and numbers and wanted not in numbers:
         raise UserError(
             f"resume: '{path}' has no training state any more, since keep_last keeps that of the "
-            f"last ones; go on from one of {', '.join(map(str, numbers))} samples"
+            f"last ones; resume from one of {', '.join(map(str, numbers))} samples"
         )
     raise UserError(
-        f"resume: '{path}' holds no whole checkpoint to go on from; start a new run{reasons}"
+        f"resume: '{path}' holds no whole checkpoint to resume from; start a new run{reasons}"
     )
 
 

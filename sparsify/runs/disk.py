@@ -43,7 +43,7 @@ def estimate_disk(
         saved: What each keeps the weights of.
         trained: Its parameters that an optimizer moves. For each, a checkpoint keeps two tensors of
             the optimizer, and between two steps a gradient.
-        n_samples_done: Samples trained on before, in a run that goes on.
+        n_samples_done: Samples trained on before, in a resumed run.
     """
     n_weights = n_bytes(saved.state_dict().values())
     n_state = n_bytes(trained) * (2 if config.n_accumulation_steps == 1 else 3)

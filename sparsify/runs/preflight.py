@@ -1,9 +1,8 @@
-"""What `--dry-run` checks before training, as a table of facts and of what to change.
+"""Dry run: everything that a run opens, and a step, as a table of facts and of what to change.
 
-A script lists its checks and hands them to `run_checks`. Each is a function that returns what it
-found, or raises the `UserError` that training would end with. Here are the checks that all scripts
-share, but for those of `memory.py` and `disk.py`; to add one, write such a function and a line in a
-script's list.
+Each line is a function that returns what it found, or raises the `UserError` that training would
+end with. The opening steps are those of the run itself; around them stand the checks that every
+kind of run has.
 """
 
 import netrc
@@ -11,42 +10,57 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from sparsify.data.config import DataConfig
-from sparsify.data.loader import TokenLoader
-from sparsify.runs.resume import folder_to_write_to
+from sparsify.runs.bad_batch import check_loss
+from sparsify.runs.checkpoints import Checkpoint
+from sparsify.runs.disk import check_disk
+from sparsify.runs.lifecycle import find_checkpoint
+from sparsify.runs.resume import explained_misfit, folder_to_write_to
 from sparsify.runs.run_folder import check_save_dir
+from sparsify.runs.training_run import OpeningStep, TrainingRun
 from sparsify.settings.base_config import UserError
 from sparsify.settings.secrets import redact_secrets
 from sparsify.training.config import TrainingConfig
-from sparsify.training.memory import out_of_memory_message
-
-MAX_COUNT_SECONDS = 20.0
-"""For which the samples of data are counted."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """A line of the table.
-
-    Attributes:
-        name: What is checked: a setting, or a part of the run.
-        run: Returns what was found, in a line. Raises a `UserError` that says what to change.
-        needs: Names of the checks on whose success it builds.
-    """
-
-    name: str
-    run: Callable[[], str]
-    needs: tuple[str, ...] = ()
+from sparsify.training.memory import (
+    explained_out_of_memory,
+    free_memory,
+    n_bytes,
+    out_of_memory_message,
+    peak_bytes,
+)
+from sparsify.training.random_state import set_seed
 
 
-def run_checks(checks: Sequence[Check]) -> bool:
+def preflight(run: TrainingRun[Any]) -> bool:  # whatever its batches are
+    """Check everything that a run needs, and print what was found; returns whether all is well."""
+    config = run.config
+    set_seed(config.seed)
+    trial = _Trial(run)
+    opening = run.opening_steps()
+    opened = tuple(step.name for step in opening)
+    if config.resume is not None:
+        opening = [OpeningStep("resume", trial.check_resume), *opening]
+        opened = ("resume", *opened)
+    return run_checks(
+        [
+            OpeningStep("config", lambda: describe_length(config)),
+            OpeningStep("save_dir", lambda: check_folder(config)),
+            OpeningStep("wandb", lambda: check_wandb(config)),
+            *opening,
+            OpeningStep("memory", trial.check_memory, needs=opened),
+            OpeningStep("disk", trial.check_disk, needs=("save_dir", *opened)),
+            OpeningStep("step", trial.check_step, needs=("memory",)),
+        ]
+    )
+
+
+def run_checks(checks: Sequence[OpeningStep]) -> bool:
     """Run checks in their order, and print a line for each as soon as it is known.
 
-    One that fails keeps only those that need it from being done, so that all that is to be changed
-    is seen at once.
+    One that fails keeps only those that need it from being done, so that everything that is to be
+    changed is seen at once.
 
     Returns:
         Whether all are well.
@@ -68,7 +82,7 @@ def run_checks(checks: Sequence[Check]) -> bool:
     return n_failed == 0
 
 
-def _outcome(check: Check) -> tuple[str, str]:
+def _outcome(check: OpeningStep) -> tuple[str, str]:
     try:
         return "✓", check.run()
     except UserError as error:
@@ -79,13 +93,58 @@ def _outcome(check: Check) -> tuple[str, str]:
         return "✗", message
 
 
-def common_checks(config: TrainingConfig) -> list[Check]:
-    """Those that need nothing but the config, and come first in every script."""
-    return [
-        Check("config", lambda: describe_length(config)),
-        Check("save_dir", lambda: check_folder(config)),
-        Check("wandb", lambda: check_wandb(config)),
-    ]
+class _Trial:
+    """The steps that a dry run takes with what was opened."""
+
+    def __init__(self, run: TrainingRun[Any]) -> None:
+        self.run = run
+        self.checkpoint: Checkpoint | None = None
+        self.batch: Any = None  # as the run's kind has it
+
+    def check_resume(self) -> str:
+        self.checkpoint = find_checkpoint(self.run)
+        self.run.run_dir = self.checkpoint.run_dir
+        return f"{self.checkpoint.run_dir}: resumes after {self.checkpoint.n_samples:,} samples"
+
+    def check_memory(self) -> str:
+        run = self.run
+        run.build()
+        if self.checkpoint is not None:
+            with explained_misfit(self.checkpoint):
+                run.resume(self.checkpoint)
+        # Each batch is a whole optimizer step here.
+        run.stepper.n_accumulation_steps = 1
+        device = run.stepper.parameters[0].device
+        free = free_memory(device)
+        learning = 3 * n_bytes(run.stepper.parameters)
+        if learning > free:
+            raise UserError(
+                f"device: gradients and the optimizer's state take {_mb(learning)}, but {device} "
+                f"has {_mb(free)} free; lower {run.memory_remedies}"
+            )
+        self.batch = next(iter(run.loader))
+        with explained_out_of_memory(run.memory_remedies):
+            peak = peak_bytes(self.take_step, device)
+        return (
+            f"{_mb(peak)} at the peak of a step, with {_mb(learning)} of gradients and the "
+            f"optimizer's state; {_mb(free)} free before it"
+        )
+
+    def check_disk(self) -> str:
+        run = self.run
+        return check_disk(run.config, run.trained, run.stepper.parameters, run.n_samples)
+
+    def check_step(self) -> str:
+        with explained_out_of_memory(self.run.memory_remedies):
+            return time_steps(self.take_step, self.run.config, self.run.n_samples)
+
+    def take_step(self) -> float:
+        """Take an optimizer step on one batch, and wait for its loss."""
+        run = self.run
+        loss = run.batch_loss(self.batch)
+        check_loss(loss, run.tensors_of(self.batch), run.n_samples, None, is_watched=True)
+        run.learn_from(loss, self.batch)
+        return loss.total.item()
 
 
 def describe_length(config: TrainingConfig) -> str:
@@ -136,55 +195,23 @@ def _wandb_hosts_in_netrc() -> list[str]:
     return []
 
 
-def check_long_enough(data: DataConfig, loader: TokenLoader, n_samples: int) -> str:
-    """See that training data last for `n_samples`, by counting until they do.
-
-    What takes longer than `MAX_COUNT_SECONDS` to count is not refused.
-
-    Raises:
-        UserError: They do not.
-    """
-    name = f"{data.dataset_name} {data.split}"
-    if data.n_epochs is None:
-        return f"{name}: repeated without end (n_epochs: null), n_samples {n_samples:,}"
-    n_wanted = -(-n_samples // data.n_epochs)
-    n_found, end = 0, time.monotonic() + MAX_COUNT_SECONDS
-    times = f" in {data.n_epochs} epochs" if data.n_epochs > 1 else ""
-    for n_of_chunk in loader.samples_by_chunk():
-        n_found += n_of_chunk
-        found = f"{name}: at least {n_found * data.n_epochs:,} samples of {data.n_ctx} tokens"
-        if n_found >= n_wanted:
-            return f"{found}{times}, n_samples {n_samples:,}"
-        if time.monotonic() > end:
-            counted = f"(counted for {MAX_COUNT_SECONDS:.0f} s)"
-            return f"{found}{times} {counted}, n_samples {n_samples:,}"
-    n_epochs = -(-n_samples // max(1, n_found))
-    raise UserError(
-        f"train_data: '{name}' holds {n_found * data.n_epochs:,} samples of {data.n_ctx} tokens"
-        f"{times}, less than n_samples ({n_samples:,}); set train_data.n_epochs to {n_epochs} or "
-        "to null, give more data, or lower n_samples"
-    )
-
-
 def time_steps(step: Callable[[], float], config: TrainingConfig, n_samples_done: int) -> str:
-    """Take two steps, of which the first is slower, and say what the second means for the run.
+    """Take two steps, of which the first may be slower, and say what the second means for the run.
 
     Args:
-        step: A batch forward and backward; returns the loss, and waits until it is known.
+        step: Learns from a batch; returns the loss, and waits until it is known.
         config: How many batches the run has.
-        n_samples_done: Samples trained on before, in a run that goes on.
+        n_samples_done: Samples trained on before, in a resumed run.
     """
     n_batches = config.n_batches - n_samples_done // config.batch_size
+    loss = step()
     start = time.monotonic()
     step()
-    middle = time.monotonic()
-    loss = step()
-    end = time.monotonic()
-    first, second = middle - start, end - middle
+    seconds = time.monotonic() - start
     return (
-        f"loss {loss:.4g}; forward and backward {second:.3g} s (the first time {first:.3g} s), so "
-        f"about {_duration(n_batches * second)} for {n_batches:,} batches, besides optimizer, "
-        "evaluations and checkpoints"
+        f"loss {loss:.4g}; a step takes {seconds:.3g} s, so about "
+        f"{_duration(n_batches * seconds)} for {n_batches:,} batches, in addition to evaluations "
+        "and checkpoints"
     )
 
 
@@ -194,3 +221,7 @@ def _duration(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.0f} s"
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"

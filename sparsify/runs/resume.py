@@ -24,11 +24,11 @@ from sparsify.training.config import NEWEST_RUN, TrainingConfig
 TEMPORARY_FILES = ".*.tmp"
 
 
-def checkpoint_to_go_on_from(config: TrainingConfig, kept_settings: Iterable[str]) -> Checkpoint:
+def checkpoint_to_resume(config: TrainingConfig, kept_settings: Iterable[str]) -> Checkpoint:
     """What `config.resume` means. Newer points that cannot be used are warned about.
 
     Args:
-        config: With what the run is to go on.
+        config: Settings to resume the run with.
         kept_settings: Names of settings that the saved state holds or depends on: another value
             would not fit it or have no effect.
 
@@ -39,12 +39,12 @@ def checkpoint_to_go_on_from(config: TrainingConfig, kept_settings: Iterable[str
     checkpoint = load_checkpoint(find_run(config.resume, config.save_dir, type(config)))
     for message in checkpoint.damaged:
         say(f"warning: {message}; it is left out")
-    check_goes_on(config, checkpoint, kept_settings)
+    check_can_resume(config, checkpoint, kept_settings)
     return checkpoint
 
 
 def folder_to_write_to(config: TrainingConfig) -> Path | None:
-    """The folder of the run that goes on, or where a new one makes its own. None: no files.
+    """The folder of the resumed run, or where a new one makes its own. None: no files.
 
     Raises:
         UserError: `config.resume` means no run, or one that leads out of its folder.
@@ -75,19 +75,19 @@ def find_run(resume: Path, save_dir: Path | None, config_class: type[TrainingCon
     }
     if not written:
         raise UserError(
-            f"resume: no run in save_dir '{save_dir}' has a checkpoint to go on from; start one "
+            f"resume: no run in save_dir '{save_dir}' has a checkpoint to resume from; start one "
             "without resume, or give the folder of a run"
         )
     return written[max(written)]
 
 
-def check_goes_on(
+def check_can_resume(
     config: TrainingConfig, checkpoint: Checkpoint, kept_settings: Iterable[str]
 ) -> None:
     """See that `config` suits a run's checkpoint.
 
     Args:
-        config: With what the run is to go on.
+        config: Settings to resume the run with.
         checkpoint: Where it is.
         kept_settings: Names of the settings that must be as they were.
 
@@ -108,7 +108,7 @@ def check_goes_on(
     ]
     if changes:
         raise UserError(
-            f"resume: a run goes on with the settings in {path}, but given are "
+            f"resume: a run is resumed with the settings in {path}, but given are "
             f"{', '.join(changes)}; remove the change, or start a new run without resume"
         )
     if config.n_batches * config.batch_size < checkpoint.n_samples:
@@ -178,11 +178,11 @@ def clear_what_came_after(checkpoint: Checkpoint, metrics_path: Path) -> None:
 
 
 def resume_line(run_dir: Path) -> str:
-    """What to type to go on with a run, as the script was called."""
+    """Return the command that resumes a run, as the script was called."""
     program = sys.argv[:1] if sys.argv[0].endswith(".py") else sys.argv[:2]
     interpreter = [sys.executable] if sys.argv[0].endswith(".py") else []
     command = [*interpreter, *program, str(run_dir / CONFIG_FILE), "--resume", str(run_dir)]
-    return f"go on with: {shlex.join(command)}"
+    return f"resume with: {shlex.join(command)}"
 
 
 def _is_of_kind(run_dir: Path, config_class: type[TrainingConfig]) -> bool:

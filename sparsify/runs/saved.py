@@ -7,7 +7,7 @@ import torch
 
 from sparsify.runs.config import SAETransformerConfig, Transcoders
 from sparsify.runs.run_folder import CONFIG_FILE
-from sparsify.runs.weight_files import checkpoint_at, load_metadata, load_weights
+from sparsify.runs.weight_files import check_identity, checkpoint_at, load_metadata, load_weights
 from sparsify.sae_transformer import SAETransformer
 from sparsify.settings.base_config import UserError, read_yaml, validate_config
 from sparsify.tlens.hook_names import matching_hook_names
@@ -133,22 +133,6 @@ def model_identity(config: SAETransformerConfig) -> dict[str, str]:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def check_identity(path: Path, found: dict[str, str], wanted: dict[str, str]) -> None:
-    """Raise a `UserError` if the SAEs in the file at `path` belong to another model."""
-    for key, value in wanted.items():
-        # Checkpoints of the original system record nothing.
-        if found.get(key, value) != value and key == "sae_kind":
-            raise UserError(
-                f"{path}: its SAEs are of kind '{found[key]}', but saes.kind is '{value}'; set it "
-                f"to '{found[key]}', or use other SAEs"
-            )
-        if found.get(key, value) != value:
-            raise UserError(
-                f"{path}: its SAEs were trained with {key} '{found[key]}', not '{value}'; use the "
-                "model that they belong to"
-            )
 
 
 def _check_shapes(

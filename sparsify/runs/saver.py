@@ -1,4 +1,4 @@
-"""Checkpoints that are written while training goes on, from a copy in memory."""
+"""Checkpoints that are written while training continues, from a copy in memory."""
 
 import threading
 import time
@@ -25,14 +25,14 @@ class CheckpointSaver:
     """Writes checkpoints of a run, one at a time, in a thread of its own.
 
     One that cannot be written, as on a full disk, does no harm to those before it: a warning says
-    so, training goes on, and the next is tried. Only `finish` insists.
+    so, training continues, and the next is tried. Only `finish` insists.
 
     Args:
         run_dir: Folder of the run. None: nothing is saved.
-        keep_last: How many checkpoints keep what a run needs to go on from them.
+        keep_last: How many checkpoints keep what a run needs to be resumed from them.
         sink: Is told which weights have been written, and has its log on disk before.
         metadata: What the weights belong to, kept in every weights file. None: no metadata.
-        start: Samples trained on before, in a run that goes on.
+        start: Samples trained on before, in a resumed run.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class CheckpointSaver:
         self._thread: threading.Thread | None = None
 
     def save(self, n_samples: int, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Copy what is given, and write it while the caller goes on.
+        """Copy what is given, and write it while the caller continues.
 
         Waits for the checkpoint before, so that there is never more than one copy. Does nothing if
         there is one of so many samples.
@@ -101,7 +101,7 @@ class CheckpointSaver:
         way_on = resume_line(self.run_dir) if is_there_another else "start a new run"
         raise UserError(
             f"save_dir: the last steps could not be saved in '{self.run_dir}' "
-            f"({error.strerror}); see that they can be, then {way_on}"
+            f"({error.strerror}); free some space or make it writable, then {way_on}"
         )
 
     def __enter__(self) -> "CheckpointSaver":

@@ -10,6 +10,9 @@ class Sink:
     def log(self, metrics: Mapping[str, float], n_samples: int) -> None:
         """Take numbers measured after `n_samples` training samples."""
 
+    def step(self, n_samples: int) -> None:
+        """Take note that `n_samples` have been trained on."""
+
     def console(self, text: str) -> None:
         """Take a text for whoever watches."""
 

@@ -29,6 +29,11 @@ class CompositeSink(Sink):
         for sink in self.sinks:
             sink.log(metrics, n_samples)
 
+    def step(self, n_samples: int) -> None:
+        """Hand on how far training is."""
+        for sink in self.sinks:
+            sink.step(n_samples)
+
     def console(self, text: str) -> None:
         """Hand on a text."""
         for sink in self.sinks:
@@ -118,7 +123,7 @@ def open_sinks(
     *,
     run_name: str,
     run_dir: Path | None,
-    n_ctx: int,
+    items_per_sample: int,
     start: int = 0,
 ) -> Iterator[Sink]:
     """The sinks that a config asks for, as one, closed when the block ends.
@@ -127,8 +132,8 @@ def open_sinks(
         config: Whether there is a wandb project, and how long the run is.
         run_name: Name of the run, without a time.
         run_dir: Folder of the run, with its config written. None: no files.
-        n_ctx: Tokens in a sample, for the speed that is shown.
-        start: Samples trained on before, in a run that goes on.
+        items_per_sample: Tokens in a sample, for the speed that is shown.
+        start: Samples trained on before, in a resumed run.
     """
     sinks: list[Sink] = []
     has_failed = True
@@ -137,7 +142,7 @@ def open_sinks(
             sinks.append(RunFolderSink(run_dir))
         if config.wandb_project is not None:
             sinks.append(WandbSink(config, run_name, run_dir))
-        sinks.append(TerminalSink(config.n_samples, n_ctx, start))
+        sinks.append(TerminalSink(config.n_samples, items_per_sample, start))
         yield CompositeSink(*sinks)
         has_failed = False
     finally:

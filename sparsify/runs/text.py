@@ -1,17 +1,24 @@
-"""Text of a run that trains SAEs: batches for its model, and which of their tokens count."""
+"""Text of a run: batches for its model, which of their tokens count, and how far they reach."""
 
+import time
 from itertools import islice
 from typing import Literal
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sparsify.data.config import DataConfig
-from sparsify.data.loader import TokenLoader, build_loader
+from sparsify.data.loader import TokenLoader, build_loader, check_tokenizer
 from sparsify.evaluation.evaluate import Kept
 from sparsify.runs.config import SAERunConfig
+from sparsify.settings.base_config import UserError
 from sparsify.tlens.hooked_model import TLensModel
 from sparsify.tlens.tokenizers import bos_token, load_tokenizer
+from sparsify.training.config import TrainingConfig
+
+MAX_COUNT_SECONDS = 20.0
+"""Time for which the samples of data are counted."""
 
 
 def open_text(
@@ -55,3 +62,66 @@ def load_eval_batches(config: SAERunConfig, model: TLensModel) -> list[Tensor]:
     loader = open_text(config, config.eval_data, model, num_workers=0)
     device = next(model.parameters()).device
     return [tokens.to(device) for tokens in islice(loader, n_batches)]
+
+
+def on_device(tokens: Tensor, device: torch.device) -> Tensor:
+    """Return tokens where a model is, without waiting for what a GPU has still to do."""
+    # From memory that is not pinned, a copy to a GPU would wait for all that it has to do.
+    if device.type == "cuda":
+        tokens = tokens.pin_memory()
+    return tokens.to(device, non_blocking=True)
+
+
+def check_tokenizers(config: SAERunConfig, model: TLensModel) -> str:
+    """Check the tokenizers of training and held-out text; returns what they are.
+
+    Raises:
+        UserError: One does not suit the model.
+    """
+    d_vocab = model.cfg.d_vocab
+    found = {}
+    for data in (config.train_data, config.eval_data):
+        if data is not None and not data.is_tokenized:
+            tokenizer = check_tokenizer(data, find_tokenizer(data, model), d_vocab)
+            name = data.tokenizer_name or "the model's own"
+            found[name] = f"{name}: {len(tokenizer):,} tokens of a vocabulary of {d_vocab:,}"
+    return ", ".join(found.values()) or "not used: the data are token ids"
+
+
+def describe_text(
+    config: TrainingConfig, data: DataConfig, loader: TokenLoader, *, is_counted: bool
+) -> str:
+    """Return what training text is read; see `check_long_enough` if it is to be counted."""
+    if is_counted:
+        return check_long_enough(data, loader, config.n_batches * config.batch_size)
+    return f"{data.dataset_name} {data.split}, sequences of {data.n_ctx} tokens"
+
+
+def check_long_enough(data: DataConfig, loader: TokenLoader, n_samples: int) -> str:
+    """See that training data last for `n_samples`, by counting until they do.
+
+    What takes longer than `MAX_COUNT_SECONDS` to count is not refused.
+
+    Raises:
+        UserError: They do not.
+    """
+    name = f"{data.dataset_name} {data.split}"
+    if data.n_epochs is None:
+        return f"{name}: repeated without end (n_epochs: null), n_samples {n_samples:,}"
+    n_wanted = -(-n_samples // data.n_epochs)
+    n_found, end = 0, time.monotonic() + MAX_COUNT_SECONDS
+    times = f" in {data.n_epochs} epochs" if data.n_epochs > 1 else ""
+    for n_of_chunk in loader.samples_by_chunk():
+        n_found += n_of_chunk
+        found = f"{name}: at least {n_found * data.n_epochs:,} samples of {data.n_ctx} tokens"
+        if n_found >= n_wanted:
+            return f"{found}{times}, n_samples {n_samples:,}"
+        if time.monotonic() > end:
+            counted = f"(counted for {MAX_COUNT_SECONDS:.0f} s)"
+            return f"{found}{times} {counted}, n_samples {n_samples:,}"
+    n_epochs = -(-n_samples // max(1, n_found))
+    raise UserError(
+        f"train_data: '{name}' holds {n_found * data.n_epochs:,} samples of {data.n_ctx} tokens"
+        f"{times}, less than n_samples ({n_samples:,}); set train_data.n_epochs to {n_epochs} or "
+        "to null, give more data, or lower n_samples"
+    )

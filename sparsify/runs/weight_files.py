@@ -115,6 +115,22 @@ def load_metadata(path: Path) -> dict[str, str]:
         raise _unreadable(path, error) from None
 
 
+def check_identity(path: Path, found: dict[str, str], wanted: dict[str, str]) -> None:
+    """Raise a `UserError` if the SAEs in the file at `path` belong to another model."""
+    for key, value in wanted.items():
+        # Checkpoints of the original system record nothing.
+        if found.get(key, value) != value and key == "sae_kind":
+            raise UserError(
+                f"{path}: its SAEs are of kind '{found[key]}', but saes.kind is '{value}'; set it "
+                f"to '{found[key]}', or use other SAEs"
+            )
+        if found.get(key, value) != value:
+            raise UserError(
+                f"{path}: its SAEs were trained with {key} '{found[key]}', not '{value}'; use the "
+                "model that they belong to"
+            )
+
+
 def checkpoint_at(path: Path) -> Path:
     """The newest checkpoint of the run folder that `path` is, else `path` itself."""
     if not os.path.exists(path):  # False where `Path.exists` would raise
@@ -143,7 +159,7 @@ def state_path(run_dir: Path, n_samples: int) -> Path:
 
 
 def save_state(run_dir: Path, n_samples: int, state: Mapping[str, Any]) -> Path:
-    """Write what a run needs to go on, besides weights, atomically, and return the path.
+    """Write what a run needs to be resumed, besides weights, atomically, and return the path.
 
     Args:
         run_dir: Folder of the run.

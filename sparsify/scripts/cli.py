@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dotenv import find_dotenv, load_dotenv
 
@@ -23,7 +24,10 @@ from sparsify.settings.base_config import (
 )
 from sparsify.settings.secrets import redact_secrets
 from sparsify.sweeps.jobs import Script
-from sparsify.training.config import NEWEST_RUN
+from sparsify.training.config import NEWEST_RUN, TrainingConfig
+
+if TYPE_CHECKING:
+    from sparsify.runs.training_run import TrainingRun
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -77,6 +81,34 @@ def run_script(
         return 0
 
     return exit_code_of(work)
+
+
+def train_script(
+    config_class: type[TrainingConfig],
+    load_run_class: "Callable[[], type[TrainingRun[Any]]]",
+    description: str,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Run a script that trains; see `run_script`.
+
+    Args:
+        config_class: Settings of its runs.
+        load_run_class: Imports the kind of run, which is heavy, and returns it.
+        description: First line of `--help`.
+        argv: Arguments without the program's name. None: those of the process.
+    """
+
+    def train(config: TrainingConfig) -> None:
+        from sparsify.runs.lifecycle import run_training
+
+        run_training(load_run_class()(config))
+
+    def try_out(config: TrainingConfig) -> bool:
+        from sparsify.runs.preflight import preflight
+
+        return preflight(load_run_class()(config, is_trial=True))
+
+    return run_script(config_class, train, description, argv, preflight=try_out)
 
 
 def exit_code_of(work: Callable[[], int]) -> int:

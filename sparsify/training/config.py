@@ -80,9 +80,9 @@ class TrainingConfig(BaseConfig):
     save_every_minutes: PositiveFinite | None = None
     """Minutes between two checkpoints. null: none for the time."""
     keep_last: Count = 2
-    """Checkpoints that keep what is needed to go on from them. The weights of all are kept."""
+    """Checkpoints that keep what is needed to resume from them. The weights of all are kept."""
     resume: Path | None = None
-    """Run folder to go on with from its newest checkpoint, or a file of the checkpoint to go on
+    """Run folder to resume from its newest checkpoint, or a file of the checkpoint to resume
     from. `newest`, or --resume alone: the newest run in save_dir. null: a new run."""
     save_dir: Path | None = Path("out")
     """Folder in which the run makes its own folder. null: the run writes no files."""

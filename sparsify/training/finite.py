@@ -1,59 +1,14 @@
-"""What stops a run whose numbers are not finite, before they are saved."""
+"""Checks that gradients and weights are finite, before they are used or saved."""
 
 import math
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Iterable
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from sparsify.runs.run_folder import replace_atomically
 from sparsify.settings.base_config import UserError
 
-REMEDY = "set max_grad_norm and go on from a checkpoint, or start anew with a lower lr"
-
-
-def check_loss(
-    loss: Tensor,
-    terms: Mapping[str, Tensor],
-    tokens: Tensor,
-    n_samples: int,
-    run_dir: Path | None,
-    *,
-    is_watched: bool,
-) -> None:
-    """See that the loss of a batch is finite; a GPU is waited for.
-
-    Args:
-        loss: The weighted sum.
-        terms: The value of each term, by term and position.
-        tokens: What the loss is of. Where it is not finite they are written to the run folder.
-        n_samples: Samples trained on before.
-        run_dir: Folder of the run. None: nothing is written.
-        is_watched: Whether every batch before was looked at too.
-
-    Raises:
-        UserError: It is not. The message names the term and its position.
-    """
-    if torch.isfinite(loss):
-        return
-    bad = {name: value.item() for name, value in terms.items() if not torch.isfinite(value)}
-    name, value = next(iter(bad.items()), ("", loss.item()))
-    batch = "The batch"
-    if run_dir is not None:
-        path = run_dir / f"bad_batch_{n_samples}.safetensors"
-        with suppress(OSError, SafetensorError), replace_atomically(path) as temporary:
-            save_file({"tokens": tokens.cpu()}, temporary)
-        if path.exists():
-            batch = f"The batch, whose tokens are in {path},"
-    blame = "has not been trained on" if is_watched else "or one since the last log line, is why"
-    raise UserError(
-        f"loss{f'/train/{name}' if name else ''} is {value} after {n_samples} samples. "
-        f"{batch} {blame}; {REMEDY}"
-    )
+REMEDY = "set max_grad_norm and resume from a checkpoint, or start again with a lower lr"
 
 
 def check_gradient(grad_norm: Tensor, n_samples: int) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparsify.losses.passes import Passes
-from sparsify.sae_transformer import SAETransformer
+from sparsify.saes.base import SAE
 from sparsify.saes.firing import FiringCounter
 from sparsify.training.cadence import Every
 
@@ -13,18 +13,17 @@ class FiringWindows:
     """Counts alive dictionary elements over stretches of training tokens.
 
     Args:
-        model: Model and SAEs.
+        saes: SAEs by position.
         every_n_samples: Samples between the beginnings of two stretches. None: there are none.
         n_tokens: Length of a stretch.
     """
 
-    def __init__(self, model: SAETransformer, every_n_samples: int | None, n_tokens: int) -> None:
+    def __init__(self, saes: Mapping[str, SAE], every_n_samples: int | None, n_tokens: int) -> None:
         self.n_tokens = n_tokens
         self.begins = Every(every_n_samples)
-        device = next(model.saes.parameters()).device
         self.counters = {
-            position: FiringCounter(model.saes.at(position).n_dict, device)
-            for position in model.raw_sae_positions
+            position: FiringCounter(sae.n_dict, next(sae.parameters()).device)
+            for position, sae in saes.items()
         }
         self.is_open = False
 

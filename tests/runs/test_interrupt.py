@@ -27,11 +27,11 @@ def test_second_ctrl_c_acts_at_once(first: signal.Signals):
 
 def test_a_held_signal_is_raised_at_the_end_with_the_message():
     def press() -> None:
-        with held_interrupt("go on with: x") as is_interrupted:
+        with held_interrupt("resume with: x") as is_interrupted:
             signal.raise_signal(signal.SIGTERM)
             assert is_interrupted()
 
-    with pytest.raises(KeyboardInterrupt, match="go on with: x"):
+    with pytest.raises(KeyboardInterrupt, match="resume with: x"):
         press()
 
 

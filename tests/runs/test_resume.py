@@ -102,7 +102,7 @@ def test_a_folder_without_whole_checkpoints_says_what_is_wrong_with_each(run_dir
     (run_dir / "state_8.pt").unlink()
     (run_dir / "checkpoint_100.json").write_text("{")
     message = (
-        r"(?s)^resume: '.*' holds no whole checkpoint to go on from; start a new run"
+        r"(?s)^resume: '.*' holds no whole checkpoint to resume from; start a new run"
         r".*checkpoint_100.json: is damaged.*state_8.pt: is missing"
     )
     with pytest.raises(UserError, match=message):
@@ -124,7 +124,9 @@ def test_a_read_that_fails_gives_no_checkpoint_up(run_dir: Path, monkeypatch: py
 
 def test_a_checkpoint_whose_state_was_dropped_says_so(run_dir: Path):
     save(run_dir, 200)
-    message = r"^resume: '.*' has no training state any more, .* go on from one of 200, 100 samples"
+    message = (
+        r"^resume: '.*' has no training state any more, .* resume from one of 200, 100 samples"
+    )
     with pytest.raises(UserError, match=message):
         load_checkpoint(run_dir / "samples_8.safetensors")
 

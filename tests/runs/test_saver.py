@@ -126,7 +126,7 @@ def test_the_last_checkpoint_is_tried_again_until_there_is_room(
     assert load_checkpoint(run_dir).n_samples == 8
 
 
-@pytest.mark.parametrize(("start", "way_on"), [(0, "start a new run"), (8, "go on with: .*")])
+@pytest.mark.parametrize(("start", "way_on"), [(0, "start a new run"), (8, "resume with: .*")])
 def test_a_run_that_cannot_be_saved_at_its_end_is_an_error(
     start: int, way_on: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ):

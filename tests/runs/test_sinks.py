@@ -104,7 +104,7 @@ def test_sinks_are_closed_whatever_happens(fails: bool, monkeypatch: pytest.Monk
     recording = _RecordingSink()
     monkeypatch.setattr("sparsify.runs.sinks.WandbSink", lambda *_: recording)
     try:
-        with open_sinks(CONFIG, run_name="run", run_dir=None, n_ctx=8) as sink:
+        with open_sinks(CONFIG, run_name="run", run_dir=None, items_per_sample=8) as sink:
             sink.log({"loss": 1.0}, 1000)
             if fails:
                 raise RuntimeError("a bug")

@@ -144,7 +144,7 @@ def save(sink: Sink, run_dir: Path, n_samples: int) -> None:
 
 
 def train(run_dir: Path, *, n_steps: int = 3) -> None:
-    with open_sinks(CONFIG, run_name="run", run_dir=run_dir, n_ctx=8) as sink:
+    with open_sinks(CONFIG, run_name="run", run_dir=run_dir, items_per_sample=8) as sink:
         for n_samples in range(10, 10 * n_steps + 1, 10):
             sink.log({"loss": 1 / n_samples}, n_samples)
         save(sink, run_dir, 10 * n_steps)
@@ -229,7 +229,7 @@ def kill_wandb() -> None:
 def test_wandb_that_dies_in_the_middle_is_one_warning(
     run_dir: Path, capfd: pytest.CaptureFixture[str]
 ):
-    with open_sinks(CONFIG, run_name="run", run_dir=run_dir, n_ctx=8) as sink:
+    with open_sinks(CONFIG, run_name="run", run_dir=run_dir, items_per_sample=8) as sink:
         sink.log({"loss": 1.0}, 10)
         kill_wandb()
         for n_samples in (20, 30, 40):
@@ -251,7 +251,7 @@ def test_wandb_that_dies_before_it_is_closed_leaves_the_error_of_the_training(
 ):
 
     def fail() -> None:
-        with open_sinks(CONFIG, run_name="run", run_dir=run_dir, n_ctx=8) as sink:
+        with open_sinks(CONFIG, run_name="run", run_dir=run_dir, items_per_sample=8) as sink:
             sink.log({"loss": 1.0}, 10)
             kill_wandb()
             raise RuntimeError("a bug")

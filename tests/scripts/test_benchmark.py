@@ -106,19 +106,6 @@ def test_operations_of_a_step_by_hand():
         assert floor.step_flops(SMALL, plan, l0) == n_tokens * expected
 
 
-def test_peak_counts_what_lives_at_the_same_time():
-    kept = []
-
-    def step(tokens: torch.Tensor) -> torch.Tensor:
-        if not kept:
-            kept.append(torch.zeros(1000))  # 4,000 bytes that stay
-        first = torch.zeros(2000)  # 8,000 bytes, gone before the next
-        del first
-        return torch.zeros(3000)  # 12,000 bytes
-
-    assert measure.peak_bytes(step, torch.zeros(1), CPU) == 4_000 + 12_000
-
-
 @pytest.mark.slow
 def test_a_row_is_printed_and_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

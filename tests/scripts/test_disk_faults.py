@@ -15,8 +15,10 @@ from torch import Tensor
 
 from sparsify.runs.checkpoints import load_checkpoint
 from sparsify.runs.saver import CheckpointSaver
-from sparsify.scripts.train_tlens_saes import run_train_tlens_saes, train
+from sparsify.scripts.train_tlens_saes import run_train_tlens_saes
 from sparsify.scripts.train_tlens_saes.run_train_tlens_saes import main
+from sparsify.scripts.train_tlens_saes.sae_run import SAERun
+from sparsify.training.sae_trainer import SAEBatchLoss
 
 from .conftest import assert_same_end, run_in_one_piece, write_yaml
 
@@ -46,19 +48,19 @@ def quota(*limits: int | None) -> Iterator[None]:
     """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     batches = iter(limits)
-    on_device, save = train.Trainer.on_device, CheckpointSaver.save
+    batch_loss, save = SAERun.batch_loss, CheckpointSaver.save
 
-    def limited(trainer: train.Trainer, tokens: Tensor) -> Tensor:
+    def limited(run: SAERun, tokens: Tensor) -> SAEBatchLoss:
         limit = next(batches)
         resource.setrlimit(resource.RLIMIT_FSIZE, before if limit is None else (limit, before[1]))
-        return on_device(trainer, tokens)
+        return batch_loss(run, tokens)
 
     def save_at_once(saver: CheckpointSaver, *args: Any) -> None:
         save(saver, *args)
         saver._wait()  # while the limit is that of its batch
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Trainer, "on_device", limited)
+        patch.setattr(SAERun, "batch_loss", limited)
         patch.setattr(CheckpointSaver, "save", save_at_once)
         patch.setattr("sparsify.runs.saver.RETRY_DELAYS_S", (0.0,))
         try:
@@ -94,8 +96,8 @@ def test_a_disk_that_stays_full_says_how_to_go_on(
     error = capsys.readouterr().err.splitlines()[-1]
     (run_dir,) = (config.parent / "out").iterdir()
     assert error.startswith(
-        f"error: save_dir: the last steps could not be saved in '{run_dir}' (File too large); see "
-        "that they can be, then go on with: "
+        f"error: save_dir: the last steps could not be saved in '{run_dir}' (File too large); "
+        "free some space or make it writable, then resume with: "
     )
     assert load_checkpoint(run_dir).n_samples == 8
     assert not list(run_dir.glob(".*.tmp"))
@@ -120,6 +122,6 @@ def test_a_folder_that_becomes_read_only_stops_no_training(config: Path, whole: 
         run_dir.chmod(0o755)
         assert any("saved" in line for line in lines)
         process.terminate()
-        assert "interrupted; go on with" in "".join(lines)
+        assert "interrupted; resume with" in "".join(lines)
     assert process.returncode == 130
     assert not load_checkpoint(run_dir).damaged

@@ -17,8 +17,8 @@ from sparsify import SAETransformer
 from sparsify.runs import plots, saved
 from sparsify.runs.config import PLACED
 from sparsify.saes.acts import SAEActs
-from sparsify.scripts.train_tlens_saes import train
 from sparsify.scripts.train_tlens_saes.run_train_tlens_saes import main
+from sparsify.scripts.train_tlens_saes.sae_run import SAERun
 from sparsify.tlens.hooked_model import TLensModel
 from sparsify.tlens.loading import load_hooked_model
 
@@ -98,20 +98,20 @@ def train_saes(
     content: dict[str, Any], folder: Path, *overrides: str
 ) -> tuple[SAETransformer, Path]:
     """The model that the script trains, as it is in its memory at the end, and the run's folder."""
-    trainers: list[train.Trainer] = []
-    finish = train.finish
+    runs: list[SAERun] = []
+    finish = SAERun.finish
 
-    def keep_and_finish(trainer: train.Trainer, *rest: Any) -> None:
-        trainers.append(trainer)
-        finish(trainer, *rest)
+    def keep_and_finish(run: SAERun, *rest: Any) -> None:
+        runs.append(run)
+        finish(run, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "finish", keep_and_finish)
+        patch.setattr(SAERun, "finish", keep_and_finish)
         config = write_yaml(folder / "config.yaml", {**content, "save_dir": str(folder / "out")})
         assert main([str(config), *overrides]) == 0
-    (trainer,) = trainers
-    assert trainer.run_dir is not None
-    return trainer.model, trainer.run_dir
+    (run,) = runs
+    assert run.run_dir is not None
+    return run.model, run.run_dir
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:

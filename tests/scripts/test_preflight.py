@@ -73,8 +73,9 @@ def test_all_that_is_to_be_changed_is_said_at_once(
     assert "there is no file or folder './nothing.parquet'" in found["eval_data"]
     assert found["model"].startswith("✓")
     assert found["loss"] == "– needs SAEs"
-    assert found["disk"] == "– needs save_dir, SAEs"
-    assert found["step"] == "– needs loss, train_data, memory"
+    assert found["disk"] == "– needs save_dir, SAEs, loss, train_data, eval_data"
+    assert found["memory"] == "– needs SAEs, loss, train_data, eval_data"
+    assert found["step"] == "– needs memory"
     assert printed.out.endswith("4 to change, 4 could not be checked\n")
     assert "Traceback" not in printed.out + printed.err
 
@@ -90,7 +91,7 @@ def test_all_that_is_to_be_changed_is_said_at_once(
             "loss",
             "does not lie behind the first SAE",
         ),
-        ({}, "memory", "besides model and SAEs, but cpu has 0 MB free. The memory of a step"),
+        ({}, "memory", "but cpu has 0 MB free; lower batch_size (keep effective_batch_size), "),
     ],
     ids=["model", "tokenizer", "train_data", "loss", "memory"],
 )
@@ -104,7 +105,7 @@ def test_each_check_says_what_to_change(
     monkeypatch: pytest.MonkeyPatch,
 ):
     if name == "memory":
-        monkeypatch.setattr("sparsify.training.memory.free_memory", lambda _: 1000)
+        monkeypatch.setattr("sparsify.runs.preflight.free_memory", lambda _: 1000)
     for key, value in changes.items():
         place, _, last = key.rpartition(".")
         if place:
@@ -127,13 +128,13 @@ def test_a_run_that_goes_on_is_checked_and_not_touched(
     capsys.readouterr()
     assert train_saes([str(config), "--resume", "--dry-run"]) == 0
     found = lines_by_name(capsys.readouterr().out)
-    assert found["resume"].endswith("goes on after 16 samples")
+    assert found["resume"].endswith("resumes after 16 samples")
     assert "1 checkpoint of" in found["disk"]
     assert "for 2 batches" in found["step"]
     assert train_saes([str(config), "--resume", "--dry-run", "--lr", "1"]) == 2
     found = lines_by_name(capsys.readouterr().out)
     assert "lr: 1.0 instead of 0.01; remove the change" in found["resume"]
-    assert found["step"] == "– needs resume"
+    assert found["memory"] == "– needs resume"
     assert files_in(tmp_path) == before
 
 
@@ -160,11 +161,10 @@ def test_a_language_model_is_checked_too(
     assert "for 6 batches" in found["step"]
     resume = ["--resume", str(lm_run / "samples_16.safetensors")]
     assert train_lm([str(config), "--dry-run", *resume]) == 0
-    assert "goes on after 16 samples" in lines_by_name(capsys.readouterr().out)["resume"]
+    assert "resumes after 16 samples" in lines_by_name(capsys.readouterr().out)["resume"]
     wrong = ["--tokenizer.vocab_size", "100", "--eval_data.dataset_name", "./nothing.txt"]
     assert train_lm([str(config), "--dry-run", *wrong]) == 2
     found = lines_by_name(capsys.readouterr().out)
     assert "use at least 257" in found["tokenizer"]
-    assert found["step"] == "– needs train_data"
-    assert found["memory"].startswith("✓")
+    assert found["memory"] == "– needs tokenizer, train_data, eval_data"
     assert (files_in(tmp_path), files_in(lm_run)) == before

@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparsify.runs.checkpoints import load_checkpoint
-from sparsify.scripts.train_tlens_saes import train
+from sparsify.scripts.train_tlens_saes import run_train_tlens_saes
 from sparsify.scripts.train_tlens_saes.run_train_tlens_saes import main
+from sparsify.scripts.train_tlens_saes.sae_run import SAERun
+from sparsify.training.sae_trainer import SAEBatchLoss
 
 from .conftest import assert_same_end, run_in_one_piece, write_yaml
 
@@ -52,15 +54,15 @@ def whole(content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
 def stop_in_batch(index: int, config: Path, signal_number: int = signal.SIGINT) -> Path:
     """The folder of a run that gets a signal while it computes a batch."""
     calls = itertools.count()
-    on_device = train.Trainer.on_device
+    batch_loss = SAERun.batch_loss
 
-    def interrupted(trainer: train.Trainer, tokens: Tensor) -> Tensor:
+    def interrupted(run: SAERun, tokens: Tensor) -> SAEBatchLoss:
         if next(calls) == index:
             signal.raise_signal(signal_number)
-        return on_device(trainer, tokens)
+        return batch_loss(run, tokens)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Trainer, "on_device", interrupted)
+        patch.setattr(SAERun, "batch_loss", interrupted)
         assert main([str(config)]) == 130
     (run_dir,) = (config.parent / "out").iterdir()
     return run_dir
@@ -95,7 +97,7 @@ def test_sigterm_prints_the_line_that_goes_on(
     monkeypatch.setattr("sys.argv", ["run_train_tlens_saes.py"])
     run_dir = stop_in_batch(2, config, signal.SIGTERM)
     last_line = capsys.readouterr().err.splitlines()[-1]
-    said, _, command = last_line.partition("go on with: ")
+    said, _, command = last_line.partition("resume with: ")
     assert said == "interrupted; "
     assert shlex.split(command)[:2] == [sys.executable, "run_train_tlens_saes.py"]
     assert main(shlex.split(command)[2:]) == 0
@@ -103,8 +105,8 @@ def test_sigterm_prints_the_line_that_goes_on(
 
 
 def test_a_signal_to_every_process_loses_nothing(config: Path):
-    script = Path(train.__file__).with_name("run_train_tlens_saes.py")
-    command = [sys.executable, str(script), str(config), "--n_samples", "100000"]
+    script = str(run_train_tlens_saes.__file__)
+    command = [sys.executable, script, str(config), "--n_samples", "100000"]
     command += ["--log_every_n_grad_steps", "5"]
     with subprocess.Popen(
         command, start_new_session=True, stderr=subprocess.PIPE, text=True
@@ -117,7 +119,7 @@ def test_a_signal_to_every_process_loses_nothing(config: Path):
         os.killpg(process.pid, signal.SIGTERM)
         last_lines = process.stderr.read()
     assert process.returncode == 130
-    assert "interrupted; go on with: " in last_lines
+    assert "interrupted; resume with: " in last_lines
     (run_dir,) = (config.parent / "out").iterdir()
     n_samples = load_checkpoint(run_dir).n_samples
     assert load_file(run_dir / f"samples_{n_samples}.safetensors")
@@ -212,4 +214,4 @@ def test_what_does_not_go_on_is_refused_and_changes_nothing(
 
 def test_there_is_no_newest_run(config: Path, capsys: pytest.CaptureFixture[str]):
     assert main([str(config), "--resume"]) == 2
-    assert "has a checkpoint to go on from; start one without resume" in capsys.readouterr().err
+    assert "has a checkpoint to resume from; start one without resume" in capsys.readouterr().err

@@ -12,11 +12,11 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from sparsify.scripts.train_tlens import train
 from sparsify.scripts.train_tlens.evaluation import TextLoss
+from sparsify.scripts.train_tlens.lm_run import LanguageModelRun
 from sparsify.scripts.train_tlens.run_train_tlens import main
-from sparsify.scripts.train_tlens.train import next_token_loss
 from sparsify.scripts.train_tlens.trigram import TrigramModel
+from sparsify.training.batch_loss import BatchLoss
 
 from .conftest import write_yaml
 
@@ -79,15 +79,16 @@ def test_ctrl_c_in_a_step_loses_nothing(
     lm_config: dict[str, Any], lm_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     calls = itertools.count(1)
+    batch_loss = LanguageModelRun.batch_loss
 
-    def interrupted(*args: Any) -> torch.Tensor:
+    def interrupted(run: LanguageModelRun, tokens: torch.Tensor) -> BatchLoss:
         if next(calls) == 3:
             signal.raise_signal(signal.SIGINT)
-        return next_token_loss(*args)
+        return batch_loss(run, tokens)
 
     config = write_yaml(tmp_path / "config.yaml", lm_config)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "next_token_loss", interrupted)
+        patch.setattr(LanguageModelRun, "batch_loss", interrupted)
         assert main([str(config), "--save_dir", str(tmp_path / "out")]) == 130
     (run_dir,) = (tmp_path / "out").iterdir()
     assert (run_dir / "samples_12.safetensors").exists()

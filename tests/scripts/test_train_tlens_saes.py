@@ -13,13 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sparsify import SAETransformer
-from sparsify.evaluation.results import Evaluation
 from sparsify.losses.loss import total_loss
 from sparsify.runs import sinks
-from sparsify.runs.sink import Sink
-from sparsify.scripts.train_tlens_saes import train, trainer
 from sparsify.scripts.train_tlens_saes.run_train_tlens_saes import main
+from sparsify.scripts.train_tlens_saes.sae_run import SAERun
 from sparsify.settings.base_config import UserError
+from sparsify.training import sae_trainer
 
 from .conftest import write_yaml
 
@@ -166,7 +165,7 @@ def test_a_gradient_that_is_not_finite_is_not_stepped_with(
         loss.register_hook(lambda grad: grad * torch.inf)
         return loss, terms
 
-    monkeypatch.setattr(trainer, "total_loss", steep_loss)
+    monkeypatch.setattr(sae_trainer, "total_loss", steep_loss)
     assert run(config, tmp_path) == 2
     assert re.search(
         r"grad_norm is (nan|inf) after 4 samples, before the optimizer step; set max_grad_norm and",
@@ -179,14 +178,14 @@ def test_a_gradient_that_is_not_finite_is_not_stepped_with(
 def test_an_interrupted_run_keeps_what_it_learned(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    evaluate = train.Trainer.evaluate
+    evaluate = SAERun.evaluate
 
-    def interrupt(trainer: train.Trainer, sink: Sink) -> Evaluation | None:
-        if trainer.n_samples > 0:
+    def interrupt(run: SAERun) -> dict[str, float]:
+        if run.n_samples > 0:
             os.kill(os.getpid(), signal.SIGINT)
-        return evaluate(trainer, sink)
+        return evaluate(run)
 
-    monkeypatch.setattr(train.Trainer, "evaluate", interrupt)
+    monkeypatch.setattr(SAERun, "evaluate", interrupt)
     assert run(config, tmp_path, "--save_every_n_samples", "null") == 130
     assert (run_dir_of(config) / "samples_16.safetensors").exists()
 

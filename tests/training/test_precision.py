@@ -49,7 +49,7 @@ def test_only_the_frozen_model_multiplies_in_bfloat16():
     (acts,) = forward_passes(model, tokens, stepper.plan).sae_acts.values()
     assert {acts.input.dtype, acts.c.dtype, acts.output.dtype} == {torch.float32}
     assert stepper.step(tokens).dtype == torch.float32
-    state = stepper.stepper.state_dict()["optimizers"][0]["state"]
+    state = stepper.trainer.stepper.state_dict()["optimizers"][0]["state"]
     kept = [tensor for moments in state.values() for tensor in moments.values()]
     assert {tensor.dtype for tensor in [*kept, *model.saes.parameters()]} == {torch.float32}
 

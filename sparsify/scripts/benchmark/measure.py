@@ -1,31 +1,30 @@
 """Times a training step beside the plain reference step, in one process."""
 
-import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
-from sparsify.losses.loss import LossConfig, total_loss
+from sparsify.losses.loss import LossConfig
+from sparsify.losses.passes import Passes
 from sparsify.sae_transformer import SAETransformer
 from sparsify.scripts.benchmark.floor import matmul_rate, step_flops, synchronize
 from sparsify.scripts.benchmark.reference_step import ReferenceStepper
 from sparsify.scripts.benchmark.shapes import SHAPES, Shape
 from sparsify.tlens.hooked_model import TLENS_HAS_HOOKED_TRANSFORMER, TLensModel
 from sparsify.training.compilation import compile_kernels
+from sparsify.training.config import TrainingConfig
 from sparsify.training.forward_passes import forward_passes
 from sparsify.training.forward_plan import derive_plan
-from sparsify.training.optimizers import build_adam
+from sparsify.training.memory import peak_bytes
 from sparsify.training.precision import set_precision
-from sparsify.training.steps import GradientStepper
+from sparsify.training.sae_trainer import SAETrainer
 
 TARGET_L0 = 32
 LR = 1e-5  # so small that the L0 of the first steps is that of the last
@@ -49,7 +48,8 @@ def measure(
     )
     stepper = OurStepper(model, loss)
     extra_mb, reference_extra_mb = (
-        peak_bytes(step, tokens[0], device) / 1e6 for step in (stepper.step, reference.step)
+        peak_bytes(partial(take_two, step, tokens[0]), device) / 1e6
+        for step in (stepper.step, reference.step)
     )
     ours, theirs = [], []
     for index in range(-N_WARMUP, n_steps):
@@ -86,27 +86,28 @@ class OurStepper:
     def __init__(self, model: SAETransformer, loss: LossConfig) -> None:
         set_precision(model, None)
         self.model = model
-        self.loss = loss
         self.plan = derive_plan(model, loss)
-        for position in model.raw_sae_positions:
-            model.saes.at(position).row_sparse_grads = True
-        parameters = list(model.saes.parameters())
-        self.stepper = GradientStepper(
-            parameters, [build_adam(parameters, LR)], [], max_grad_norm=10.0
+        saes = {position: model.saes.at(position) for position in model.raw_sae_positions}
+        config = TrainingConfig(
+            n_samples=10**9, batch_size=1, lr=LR, lr_schedule="constant", max_grad_norm=10.0
         )
+        self.trainer = SAETrainer(saes, self.forward, loss, config)
         self.l0 = float("nan")
+
+    def forward(self, tokens: Tensor) -> Passes:
+        """The passes of a batch."""
+        return forward_passes(self.model, tokens, self.plan)
 
     def step(self, tokens: Tensor) -> Tensor:
         """One optimizer step; returns the loss."""
-        passes = forward_passes(self.model, tokens, self.plan)
-        loss, _ = total_loss(self.loss, passes)
-        self.stepper.backward(loss)
-        return loss.detach()
+        loss = self.trainer.batch_loss(tokens)
+        self.trainer.learn_from(loss, n_samples=1)
+        return loss.total.detach()
 
     def measure_l0(self, tokens: Tensor) -> None:
         """Active elements per token, on average."""
         with torch.no_grad():
-            (acts,) = forward_passes(self.model, tokens, self.plan).sae_acts.values()
+            (acts,) = self.forward(tokens).sae_acts.values()
         self.l0 = (acts.c != 0).sum(dim=-1).float().mean().item()
 
 
@@ -142,6 +143,12 @@ def make_sparse(model: SAETransformer, position: str, tokens: Tensor) -> None:
     sae.decoder.weight.copy_(sae.encoder[0].weight.T)
 
 
+def take_two(step: Callable[[Tensor], Tensor], tokens: Tensor) -> None:
+    """Take two steps, so that gradients and the optimizer's state are there in the second."""
+    step(tokens)
+    step(tokens)
+
+
 def timed(step: Callable[[Tensor], Tensor], tokens: Tensor, device: torch.device) -> float:
     """Seconds that a step takes."""
     synchronize(device)
@@ -149,41 +156,6 @@ def timed(step: Callable[[Tensor], Tensor], tokens: Tensor, device: torch.device
     step(tokens)
     synchronize(device)
     return time.perf_counter() - begin
-
-
-def peak_bytes(step: Callable[[Tensor], Tensor], tokens: Tensor, device: torch.device) -> int:
-    """The most memory that two steps hold at a time beyond what was there before the first.
-
-    So gradients and the optimizer's state are counted, the weights of model and SAE are not.
-    """
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        step(tokens)
-        step(tokens)
-        return torch.cuda.max_memory_allocated(device) - before
-    with (
-        _silent_stderr(),
-        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
-    ):
-        step(tokens)
-        step(tokens)
-    events: Any = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]  # `Any`: torch's stub lacks what an event has
-    held = [event.nbytes() for event in events if event.name() == "[memory]"]
-    return max(accumulate(held))
-
-
-@contextmanager
-def _silent_stderr() -> Iterator[None]:
-    # The profiler of torch 2.13 writes lines there from C++, whatever its log level.
-    kept = os.dup(2)
-    with open(os.devnull, "wb") as nothing:
-        os.dup2(nothing.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def describe_machine(device: torch.device) -> dict[str, str | float]:

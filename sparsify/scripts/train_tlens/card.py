@@ -65,8 +65,9 @@ def sample_text(
     temperature: float = 0.7,
 ) -> str:
     """`prompt`, taken as the beginning of a document, and what the model continues it with."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.tensor([[tokenizer.eos_token_id, *tokenizer.encode(prompt)]])
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(0)
+    tokens = torch.tensor([[tokenizer.eos_token_id, *tokenizer.encode(prompt)]], device=device)
     for _ in range(n_tokens):
         resid = model.final_residual(tokens[:, -model.architecture.n_ctx :])
         probs = torch.softmax(model.unembed(resid[0, -1]) / temperature, dim=-1)

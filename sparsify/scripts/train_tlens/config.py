@@ -1,6 +1,6 @@
 """Settings of `run_train_tlens.py`."""
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import model_validator
 
@@ -28,6 +28,8 @@ class Config(TrainingConfig):
     eval_data: DataConfig
     prompts: list[str] = []
     """Texts that the trained model continues on its card."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to train. auto: a CUDA GPU if torch sees one."""
 
     @property
     def default_run_name(self) -> str:

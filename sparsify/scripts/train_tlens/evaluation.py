@@ -53,8 +53,10 @@ def text_loss(
     The cost of predicting an end of text counts, though it stands for no byte.
     """
     nats, targets = 0.0, []
-    for tokens in batches:
+    device = next(model.parameters()).device
+    for batch in batches:
+        tokens = batch.to(device)
         logits = model(tokens[:, :-1])
         targets.append(tokens[:, 1:])
         nats += F.cross_entropy(logits.flatten(0, 1), targets[-1].flatten(), reduction="sum").item()
-    return TextLoss.from_nats(nats, torch.cat(targets), token_bytes)
+    return TextLoss.from_nats(nats, torch.cat(targets).cpu(), token_bytes)

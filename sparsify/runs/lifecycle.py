@@ -1,0 +1,137 @@
+"""The life of a training run: opened, started or resumed, trained, saved, finished, cleaned up.
+
+It is the same for all kinds of run; what differs is behind `TrainingRun`.
+"""
+
+import shutil
+from contextlib import ExitStack
+from typing import Any
+
+from sparsify.runs.bad_batch import BAD_BATCHES
+from sparsify.runs.checkpoints import Checkpoint
+from sparsify.runs.console import say
+from sparsify.runs.disk import check_disk_at_start
+from sparsify.runs.interrupt import held_interrupt, interrupt_says
+from sparsify.runs.resume import (
+    checkpoint_to_resume,
+    clear_what_came_after,
+    explained_misfit,
+    folder_to_write_to,
+    resume_line,
+)
+from sparsify.runs.run_folder import (
+    METRICS_FILE,
+    check_save_dir,
+    create_run_folder,
+    held_run_folder,
+    write_config,
+)
+from sparsify.runs.saver import CheckpointSaver
+from sparsify.runs.session import Session
+from sparsify.runs.sinks import open_sinks, report_early_end
+from sparsify.runs.training_run import TrainingRun
+from sparsify.runs.weight_files import check_identity, load_metadata, weights_path
+from sparsify.settings.base_config import UserError
+from sparsify.training.memory import explained_out_of_memory
+from sparsify.training.random_state import set_seed
+
+AnyRun = TrainingRun[Any]  # whatever its batches are
+
+
+def run_training(run: AnyRun) -> None:
+    """Do a run, or resume one, as its config says.
+
+    Raises:
+        UserError: Something that a person can change keeps it from starting or ending. A new folder
+            in which nothing is worth keeping is gone then.
+        KeyboardInterrupt: It was interrupted, after it has been saved.
+    """
+    is_new = run.config.resume is None
+    try:
+        with ExitStack() as held:
+            if is_new:
+                _start(run, held)
+            else:
+                _resume(run, held)
+            held.callback(run.loader.close)
+            _train_and_finish(run)
+    except UserError:
+        if is_new:
+            _remove_if_worthless(run)
+        raise
+
+
+def _start(run: AnyRun, held: ExitStack) -> None:
+    """Open a new run, then make its folder."""
+    config = run.config
+    if config.save_dir is not None:
+        check_save_dir(config.save_dir)
+    _open(run)
+    check_disk_at_start(config, run.trained, run.stepper.parameters)
+    if config.save_dir is not None:
+        run.run_dir = create_run_folder(config.save_dir, config.run_name)
+        held.enter_context(held_run_folder(run.run_dir))
+        write_config(run.run_dir, config)
+        run.on_folder(run.run_dir)
+        say(f"run folder: {run.run_dir}")
+
+
+def _resume(run: AnyRun, held: ExitStack) -> None:
+    """Open a run again at the checkpoint that its config means."""
+    config = run.config
+    held.enter_context(held_run_folder(folder_to_write_to(config)))
+    checkpoint = find_checkpoint(run)
+    # The config that is kept is one from which the whole run can be repeated.
+    run.config = config.model_copy(update={"resume": None})
+    run.run_dir = checkpoint.run_dir
+    _open(run)
+    with explained_misfit(checkpoint):
+        run.resume(checkpoint)
+    check_disk_at_start(config, run.trained, run.stepper.parameters, run.n_samples)
+    clear_what_came_after(checkpoint, checkpoint.run_dir / METRICS_FILE)
+    write_config(checkpoint.run_dir, run.config)
+    say(f"resuming after {run.n_samples:,} samples: {run.run_dir}")
+
+
+def find_checkpoint(run: AnyRun) -> Checkpoint:
+    """Return what `resume` of a run's config means, if the weights belong to what is opened."""
+    checkpoint = checkpoint_to_resume(run.config, run.kept_settings)
+    weights = weights_path(checkpoint.run_dir, checkpoint.n_samples)
+    check_identity(weights, load_metadata(weights), run.identity())
+    return checkpoint
+
+
+def _open(run: AnyRun) -> None:
+    set_seed(run.config.seed)
+    for step in run.opening_steps():
+        say(f"{step.name}: {step.run()}")
+    run.build()
+
+
+def _train_and_finish(run: AnyRun) -> None:
+    config, run_dir = run.config, run.run_dir
+    line = "nothing was saved" if run_dir is None else resume_line(run_dir)
+    with (
+        open_sinks(
+            config,
+            run_name=config.run_name,
+            run_dir=run_dir,
+            items_per_sample=run.items_per_sample,
+            start=run.n_samples,
+        ) as sink,
+        CheckpointSaver(run_dir, config.keep_last, sink, run.identity(), run.n_samples) as saver,
+    ):
+        with held_interrupt(line) as is_interrupted, explained_out_of_memory(run.memory_remedies):
+            session = Session(run, sink, saver, is_interrupted)
+            run.train(session)
+            saver.finish(session.save)
+        with interrupt_says(line), explained_out_of_memory(run.memory_remedies):
+            report_early_end(sink, run.n_samples, config.n_batches * config.batch_size, run.result)
+            run.finish(session)
+
+
+def _remove_if_worthless(run: AnyRun) -> None:
+    # No step was taken, and no batch put there for somebody to look at.
+    run_dir = run.run_dir
+    if run_dir is not None and run.n_samples == 0 and not any(run_dir.glob(BAD_BATCHES)):
+        shutil.rmtree(run_dir)

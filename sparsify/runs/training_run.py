@@ -1,0 +1,173 @@
+"""What a kind of training run offers, so that the library can start, check, save and resume it.
+
+A script folder subclasses `TrainingRun` with what it trains, and keeps the loop in its `train`. All
+else of a run's life is in `lifecycle.py`; what the loop needs of it is a `Session`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+from sparsify.runs.checkpoints import Checkpoint
+from sparsify.training.batch_loss import BatchLoss
+from sparsify.training.config import TrainingConfig
+from sparsify.training.random_state import get_random_state, set_random_state
+from sparsify.training.steps import GradientStepper
+
+if TYPE_CHECKING:  # a session holds the run, and the run's loop is handed the session
+    from sparsify.runs.session import Session
+
+Batch = TypeVar("Batch")
+BatchOut = TypeVar("BatchOut", covariant=True)
+
+
+class Loader(Protocol[BatchOut]):
+    """Gives batches in an order that its state determines."""
+
+    def __iter__(self) -> Iterator[BatchOut]:
+        """Give batches from the beginning, or once from where `load_state_dict` said."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the iteration stands, in plain data."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next iteration continue where `state_dict` was called."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what reads the data. The loader is not used afterwards."""
+        ...
+
+
+@dataclass(frozen=True)
+class OpeningStep:
+    """Something that a run opens before it trains, or checks in a dry run.
+
+    Attributes:
+        name: What is opened: a setting, or a part of the run.
+        run: Opens it and returns what was found, in a line. Raises a `UserError` that says what to
+            change.
+        needs: Names of the steps on whose success it builds.
+    """
+
+    name: str
+    run: Callable[[], str]
+    needs: tuple[str, ...] = ()
+
+
+class TrainingRun(ABC, Generic[Batch]):
+    """A run of one kind: its settings, what it trains, and how far it is.
+
+    Args:
+        config: Settings.
+        is_trial: Whether nothing will be trained: a dry run may open less, and counts the data.
+    """
+
+    kept_settings: ClassVar[tuple[str, ...]]
+    """Names of settings that a resumed run must have as they were."""
+
+    memory_remedies: ClassVar[str] = "batch_size (keep effective_batch_size)"
+    """Settings to lower when memory runs out."""
+
+    result: ClassVar[str] = "the model was"
+    """Subject of "... trained on so many samples"."""
+
+    stepper: GradientStepper
+    loader: Loader[Batch]
+
+    def __init__(self, config: TrainingConfig, *, is_trial: bool = False) -> None:
+        self.config = config
+        self.is_trial = is_trial
+        self.run_dir: Path | None = None
+        """Folder of the run. None: it writes no files, or has not made it yet."""
+        self.n_samples = 0
+        """Samples trained on."""
+
+    @abstractmethod
+    def opening_steps(self) -> list[OpeningStep]:
+        """Return the steps that open all that the config names, in their order.
+
+        They set `loader`. `run_dir` is known to them in a resumed run alone.
+        """
+
+    @abstractmethod
+    def build(self) -> None:
+        """Make what trains, `stepper` among it, from what has been opened."""
+
+    @property
+    @abstractmethod
+    def trained(self) -> nn.Module:
+        """The module whose weights are the result."""
+
+    @property
+    def items_per_sample(self) -> int:
+        """Items, such as tokens, in a sample."""
+        return 1
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether the loss is looked at in every step; a GPU would have to be waited for."""
+        return True
+
+    def identity(self) -> dict[str, str]:
+        """Return what every weights file records of what the weights belong to."""
+        return {}
+
+    def on_folder(self, run_dir: Path) -> None:
+        """Write into a new folder what a resumed run will open from there."""
+
+    @abstractmethod
+    def tensors_of(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the tensors of a batch by name, each with a row for each sample."""
+
+    @abstractmethod
+    def batch_loss(self, batch: Batch) -> BatchLoss:
+        """Return the loss of a batch."""
+
+    @abstractmethod
+    def learn_from(self, loss: Any, batch: Batch) -> None:  # what `batch_loss` returned
+        """Take the gradient of a batch's loss, and an optimizer step if one is due."""
+
+    @abstractmethod
+    def train(self, session: "Session[Batch]") -> None:
+        """Train on the batches of a session: the loop."""
+
+    @abstractmethod
+    def finish(self, session: "Session[Batch]") -> None:
+        """Evaluate what was trained, write the result, and say what came out."""
+
+    def state_dict(self) -> dict[str, Any]:  # of several types
+        """Return the state of this kind of run besides weights, stepper, loader and generators."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned after `n_samples`."""
+
+    def checkpoint_state(self) -> dict[str, Any]:  # of several types
+        """Return everything that the rest of the run depends on, except the weights."""
+        return {
+            "stepper": self.stepper.state_dict(),
+            "loader": self.loader.state_dict(),
+            "random": get_random_state(),
+            **self.state_dict(),
+        }
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint of the run."""
+        state = checkpoint.state
+        self.n_samples = checkpoint.n_samples
+        self.trained.load_state_dict(checkpoint.weights)
+        self.stepper.load_state_dict(state["stepper"])
+        self.loader.load_state_dict(state["loader"])
+        self.load_state_dict(state)
+        set_random_state(state["random"])
+
+    def n_in(self, batch: Batch) -> int:
+        """Return the number of samples in a batch."""
+        return len(next(iter(self.tensors_of(batch).values())))
