@@ -3,12 +3,11 @@
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from sparsify.sae_transformer import SAETransformer
+from sparsify.saes import config as sae_configs
 from sparsify.saes.base import SAE, NewElements
-from sparsify.saes.config import SAEConfig
 
 
 class IdentitySAE(SAE):
@@ -62,10 +61,8 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def model_with(tlens_model: Any, kind: str) -> SAETransformer:
     """A tiny model with two SAEs of a kind in a row, at `FIRST` and `LAST`, with random weights."""
-    sae = TypeAdapter(SAEConfig).validate_python(
-        {"kind": kind, "dict_size_to_input_ratio": 2.0, **KINDS[kind]}
-    )
-    reads = list(READS_AND_WRITES) if kind == "transcoder" else None
+    sae = sae_configs.KINDS[kind].model_validate({"dict_size_to_input_ratio": 2.0, **KINDS[kind]})
+    reads = list(READS_AND_WRITES) if sae.reads_elsewhere else None
     model = SAETransformer(tlens_model, [FIRST, LAST], sae=sae, read_positions=reads).eval()
     with torch.no_grad():
         for position in model.raw_sae_positions:

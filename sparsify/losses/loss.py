@@ -30,7 +30,7 @@ from sparsify.losses.terms import (
     OutToInLoss,
     OutToOrigLoss,
 )
-from sparsify.saes.config import SAEConfig
+from sparsify.saes.config import SAEConfig, kinds_where
 from sparsify.settings.base_config import BaseConfig
 
 if TYPE_CHECKING:
@@ -102,8 +102,9 @@ class LossConfig(BaseConfig):
 
 def check_loss_suits_kind(losses: LossConfig, sae: SAEConfig) -> None:
     """Raise a `ValueError` if a term has no meaning for SAEs of this kind."""
+    with_thresholds = kinds_where(lambda kind: kind.has_thresholds)
     sparsity = losses.sparsity
-    if sparsity is not None and not sae.has_pre_acts:
+    if sparsity is not None and not sae.code_has_gradient:
         raise ValueError(
             f"loss.sparsity: SAEs of kind '{sae.kind}' have nothing to penalise; set it to null, "
             "and saes.k to the number of active elements"
@@ -113,14 +114,14 @@ def check_loss_suits_kind(losses: LossConfig, sae: SAEConfig) -> None:
             f"loss.sparsity.target_l0 ({sparsity.target_l0:g}): saes.k ({sae.n_active}) decides "
             "how many elements are active; remove target_l0"
         )
-    if sparsity is not None and sparsity.penalty == "l0" and sae.kind != "jumprelu":
+    if sparsity is not None and sparsity.penalty == "l0" and not sae.has_thresholds:
         raise ValueError(
             f"loss.sparsity.penalty (l0) has no gradient in SAEs of kind '{sae.kind}', only in "
-            "jumprelu; choose p_norm, tanh or log"
+            f"{with_thresholds}; choose p_norm, tanh or log"
         )
-    if losses.pre_act is not None and sae.kind != "jumprelu":
+    if losses.pre_act is not None and not sae.has_thresholds:
         raise ValueError(
-            f"loss.pre_act: belongs to kind jumprelu, not to '{sae.kind}'; set it to null"
+            f"loss.pre_act: belongs to kind {with_thresholds}, not to '{sae.kind}'; set it to null"
         )
     if losses.aux_k is not None and not sae.has_pre_acts:
         raise ValueError(

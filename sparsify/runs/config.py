@@ -1,24 +1,23 @@
 """Settings of an `SAETransformer`, and of a run that trained its SAEs."""
 
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Annotated, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Discriminator, Tag, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Tag,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from sparsify.data.config import DataConfig
 from sparsify.losses.ignored_tokens import IgnoredTokens
 from sparsify.losses.loss import LossConfig
-from sparsify.saes.config import (
-    BatchTopKSAEConfig,
-    CodebookSAEConfig,
-    GatedSAEConfig,
-    JumpReLUSAEConfig,
-    MatryoshkaSAEConfig,
-    ReLUSAEConfig,
-    ReLUTiedBiasSAEConfig,
-    TopKSAEConfig,
-    TranscoderConfig,
-)
+from sparsify.saes.config import DEFAULT_KIND, KINDS, SAEConfig
 from sparsify.settings.base_config import (
     TAG_MARK,
     BaseConfig,
@@ -39,7 +38,7 @@ class SAEPlacement(BaseConfig):
     pretrained_sae_paths: Annotated[list[Path] | None, BeforeValidator(listed)] = None
     """Checkpoints whose SAEs to start from. null: all SAEs are new."""
     retrain_saes: bool = False
-    """Whether SAEs from pretrained_sae_paths are trained on. If not, they stay as they are."""
+    """Train SAEs from pretrained_sae_paths further. false: they stay as they are."""
 
     @model_validator(mode="after")
     def _retraining_has_something_to_retrain(self) -> Self:
@@ -51,7 +50,7 @@ class SAEPlacement(BaseConfig):
 
     @classmethod
     def unknown_key_message(cls, key: str) -> str:
-        """That a setting belongs to other kinds, if it does."""
+        """Say that a setting belongs to other kinds, if it does."""
         others = [name for name, other in PLACED.items() if key in other.model_fields]
         if not others:
             return super().unknown_key_message(key)
@@ -61,70 +60,45 @@ class SAEPlacement(BaseConfig):
         )
 
 
-class ReLUSAEs(ReLUSAEConfig, SAEPlacement):
-    """SAEs of kind relu."""
-
-
-class ReLUTiedBiasSAEs(ReLUTiedBiasSAEConfig, SAEPlacement):
-    """SAEs of kind relu_tied_bias."""
-
-
-class TopKSAEs(TopKSAEConfig, SAEPlacement):
-    """SAEs of kind topk."""
-
-
-class BatchTopKSAEs(BatchTopKSAEConfig, SAEPlacement):
-    """SAEs of kind batch_topk."""
-
-
-class JumpReLUSAEs(JumpReLUSAEConfig, SAEPlacement):
-    """SAEs of kind jumprelu."""
-
-
-class GatedSAEs(GatedSAEConfig, SAEPlacement):
-    """SAEs of kind gated."""
-
-
-class MatryoshkaSAEs(MatryoshkaSAEConfig, SAEPlacement):
-    """SAEs of kind matryoshka."""
-
-
-class CodebookSAEs(CodebookSAEConfig, SAEPlacement):
-    """SAEs of kind codebook."""
-
-
-class Transcoders(TranscoderConfig, SAEPlacement):
-    """SAEs of kind transcoder."""
+class ReadPlacement(BaseConfig):
+    """Where SAEs read, if not where they write."""
 
     read_positions: Annotated[list[str], BeforeValidator(listed)]
     """Hook points that are read, in the order of the sae_positions, where is written. Two may read
     the same."""
 
 
+def _placed(kind: str, config: type[SAEConfig]) -> "type[SAEsConfig]":
+    bases = (config, SAEPlacement)  # fields of the first come last
+    if config.reads_elsewhere:
+        bases = (ReadPlacement, *bases)
+    name = config.__name__.removesuffix("Config") + "s"
+    # Any: what is made of several bases has no type that create_model could declare.
+    make: Any = create_model
+    return make(name, __base__=bases, __doc__=f"SAEs of kind {kind}.", __module__=__name__)
+
+
+PLACED = {kind: _placed(kind, config) for kind, config in KINDS.items()}
+"""Settings of a run's SAEs, by name of the kind: those of the kind, and where the SAEs sit."""
+
+
 def _tag(saes: object) -> str:
-    kind = saes.get("kind", "relu") if isinstance(saes, dict) else getattr(saes, "kind", "relu")
+    is_plain = isinstance(saes, dict)
+    kind = saes.get("kind", DEFAULT_KIND) if is_plain else getattr(saes, "kind", DEFAULT_KIND)
     return f"{TAG_MARK}{kind}"
 
 
-SAEsConfig = Annotated[
-    Annotated[ReLUSAEs, Tag("=relu")]
-    | Annotated[ReLUTiedBiasSAEs, Tag("=relu_tied_bias")]
-    | Annotated[TopKSAEs, Tag("=topk")]
-    | Annotated[BatchTopKSAEs, Tag("=batch_topk")]
-    | Annotated[JumpReLUSAEs, Tag("=jumprelu")]
-    | Annotated[GatedSAEs, Tag("=gated")]
-    | Annotated[MatryoshkaSAEs, Tag("=matryoshka")]
-    | Annotated[CodebookSAEs, Tag("=codebook")]
-    | Annotated[Transcoders, Tag("=transcoder")],
-    Discriminator(_tag),
-]
-"""SAEs of one kind. Where `kind` is missing, as in the original's configs, it is relu."""
+if TYPE_CHECKING:
 
-PLACED: dict[str, type[SAEPlacement]] = {
-    tag.tag.removeprefix(TAG_MARK): config
-    for config, tag in map(get_args, get_args(get_args(SAEsConfig)[0]))
-}
-"""The configs of the kinds, by name."""
+    class SAEsConfig(SAEConfig, SAEPlacement):
+        """SAEs of one kind. Those that read elsewhere are a `ReadPlacement`, too."""
+
+else:
+    SAEsConfig = Annotated[
+        reduce(or_, (Annotated[saes, Tag(f"{TAG_MARK}{kind}")] for kind, saes in PLACED.items())),
+        Discriminator(_tag),
+    ]
+    """SAEs of one kind. Where `kind` is missing, as in the original's configs, it is relu."""
 
 
 class SAETransformerConfig(BaseConfig):
@@ -145,7 +119,7 @@ class SAETransformerConfig(BaseConfig):
     @field_validator("saes", mode="before")
     @classmethod
     def _kind_is_known(cls, saes: object) -> object:
-        kind = saes.get("kind", "relu") if isinstance(saes, dict) else "relu"
+        kind = saes.get("kind", DEFAULT_KIND) if isinstance(saes, dict) else DEFAULT_KIND
         if not isinstance(kind, str) or kind not in PLACED:
             raise ValueError(
                 f"kind must be one of {', '.join(PLACED)}; there is no {nearest(str(kind), PLACED)}"

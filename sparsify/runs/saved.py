@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from sparsify.runs.config import SAETransformerConfig, Transcoders
+from sparsify.runs.config import ReadPlacement, SAETransformerConfig
 from sparsify.runs.run_folder import CONFIG_FILE
 from sparsify.runs.weight_files import check_identity, checkpoint_at, load_metadata, load_weights
 from sparsify.sae_transformer import SAETransformer
@@ -44,7 +44,7 @@ def add_saes(tlens_model: TLensModel, config: SAETransformerConfig) -> SAETransf
         config.saes.sae_positions, tlens_model.hook_dict, "saes.sae_positions"
     )
     reads = None
-    if isinstance(config.saes, Transcoders):
+    if isinstance(config.saes, ReadPlacement):
         known = tlens_model.hook_dict
         reads = [
             name

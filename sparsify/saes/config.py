@@ -1,47 +1,94 @@
-"""Configs of the SAE kinds. `sparsify.saes.build` turns one into a module.
+"""Settings of each kind of SAE, and the table of kinds.
 
-To add a kind, write its module, its config here and its place in `SAEConfig`, a line in
-`sparsify.saes.build`, and what a config of a run says of it in `sparsify.runs.config`.
+A kind is its module, which computes, and its entry here: a config, listed in `KINDS`, that builds
+an SAE of the kind and says what the kind allows. Nothing else needs to change. A `build` method
+imports the module itself, so that configs load without torch.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Annotated, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from sparsify.settings.base_config import BaseConfig, Count, PositiveFinite
+from sparsify.settings.base_config import BaseConfig, Count, PositiveFinite, UserError
+
+if TYPE_CHECKING:
+    import sparsify.saes.base
 
 
-class BaseSAEConfig(BaseConfig):
-    """What every kind of SAE has."""
+class SAEConfig(BaseConfig, ABC):
+    """Settings of SAEs of one kind. Class variables say what the kind allows."""
 
     dict_size_to_input_ratio: PositiveFinite
     """Dictionary elements per dimension of the activation; their product is rounded down."""
+    kind: Any  # a literal in each kind, which no other type lets pyright narrow it to
+    """Name of the kind. Each kind declares it again, as a literal with a default."""
 
+    code_has_gradient: ClassVar[bool] = True
+    """A penalty can make the code sparse: `loss.sparsity` has a meaning."""
     has_pre_acts: ClassVar[bool] = True
-    """Whether an element has a pre-activation, from which auxiliary losses can revive it."""
+    """Elements have pre-activations, from which `loss.aux_k` can revive them: a `LinearSAE`."""
     has_decoder_bias: ClassVar[bool] = True
-    """Whether what it writes has a bias."""
+    """The output has a bias, which `decoder_bias` can set: a `LinearSAE`."""
+    has_thresholds: ClassVar[bool] = False
+    """Elements have learned thresholds, by which `loss.pre_act` and a penalty of L0 have a
+    gradient: a `JumpReLUSAE`."""
+    reads_elsewhere: ClassVar[bool] = False
+    """The SAE reads a hook point before the one that it writes: `read_positions` names it."""
 
     @property
     def n_active(self) -> int | None:
         """Elements active on a token, or on average, where `k` sets them. None: training does."""
         return getattr(self, "k", None)
 
+    @property
+    def element_counts(self) -> dict[str, int | None]:
+        """Settings, by name, that may not exceed the number of dictionary elements."""
+        return {"k": self.n_active}
 
-class ReLUSAEConfig(BaseSAEConfig):
+    @abstractmethod
+    def build(self, d_act: int, n_dict: int, d_out: int) -> "sparsify.saes.base.SAE":
+        """Return a new SAE, initialised from torch's global random state.
+
+        Called by `build_sae`, which has checked `element_counts`.
+
+        Args:
+            d_act: Width of the activation that the SAE reads.
+            n_dict: Dictionary elements.
+            d_out: Width of the activation that it writes; `d_act` unless `reads_elsewhere`.
+
+        Raises:
+            UserError: The settings do not suit the sizes.
+        """
+
+
+class ReLUSAEConfig(SAEConfig):
     """An SAE with a ReLU and decoder columns of unit norm (Braun et al. 2024)."""
 
     kind: Literal["relu"] = "relu"
 
+    def build(self, d_act: int, n_dict: int, d_out: int) -> "sparsify.saes.base.SAE":
+        """Return a `ReLUSAE`."""
+        from sparsify.saes.relu import ReLUSAE
 
-class ReLUTiedBiasSAEConfig(BaseSAEConfig):
+        return ReLUSAE(d_act, n_dict)
+
+
+class ReLUTiedBiasSAEConfig(SAEConfig):
     """A ReLU SAE that subtracts the decoder's bias first (Bricken et al. 2023)."""
 
     kind: Literal["relu_tied_bias"] = "relu_tied_bias"
 
+    def build(self, d_act: int, n_dict: int, d_out: int) -> "sparsify.saes.base.SAE":
+        """Return a `ReLUTiedBiasSAE`."""
+        from sparsify.saes.relu_tied_bias import ReLUTiedBiasSAE
 
-class TopKSAEConfig(BaseSAEConfig):
+        return ReLUTiedBiasSAE(d_act, n_dict)
+
+
+class TopKSAEConfig(SAEConfig):
     """Keeps the k largest pre-activations of each token (Gao et al. 2024)."""
 
     kind: Literal["topk"] = "topk"
@@ -52,23 +99,40 @@ class TopKSAEConfig(BaseSAEConfig):
     that more than k can be used later. null: it is not."""
 
     @model_validator(mode="after")
-    def _multi_k_is_more(self) -> Self:
+    def _multi_k_is_more(self) -> "TopKSAEConfig":
         if self.multi_k is not None and self.multi_k <= self.k:
             raise ValueError(
                 f"multi_k ({self.multi_k}) must be above k ({self.k}); the paper takes 4 * k"
             )
         return self
 
+    @property
+    def element_counts(self) -> dict[str, int | None]:
+        """`k` and `multi_k`."""
+        return {"k": self.k, "multi_k": self.multi_k}
 
-class BatchTopKSAEConfig(BaseSAEConfig):
+    def build(self, d_act: int, n_dict: int, d_out: int) -> "sparsify.saes.base.SAE":
+        """Return a `TopKSAE`."""
+        from sparsify.saes.topk import TopKSAE
+
+        return TopKSAE(d_act, n_dict, self.k, self.multi_k)
+
+
+class BatchTopKSAEConfig(SAEConfig):
     """Keeps the k * tokens largest pre-activations of a batch (Bussmann et al. 2024)."""
 
     kind: Literal["batch_topk"] = "batch_topk"
     k: Count
     """Elements active on a token, on average over a batch."""
 
+    def build(self, d_act: int, n_dict: int, d_out: int) -> "sparsify.saes.base.SAE":
+        """Return a `BatchTopKSAE`."""
+        from sparsify.saes.batch_topk import BatchTopKSAE
 
-class JumpReLUSAEConfig(BaseSAEConfig):
+        return BatchTopKSAE(d_act, n_dict, self.k)
+
+
+class JumpReLUSAEConfig(SAEConfig):
     """Keeps pre-activations above a learned threshold (Rajamanoharan et al. 2024b)."""
 
     kind: Literal["jumprelu"] = "jumprelu"
@@ -79,17 +143,31 @@ class JumpReLUSAEConfig(BaseSAEConfig):
     initial_threshold: PositiveFinite
     """Threshold of every element at the start, in the same units: about one standard deviation."""
 
+    has_thresholds: ClassVar[bool] = True
 
-class GatedSAEConfig(BaseSAEConfig):
+    def build(self, d_act: int, n_dict: int, d_out: int) -> "sparsify.saes.base.SAE":
+        """Return a `JumpReLUSAE`."""
+        from sparsify.saes.jumprelu import JumpReLUSAE
+
+        return JumpReLUSAE(d_act, n_dict, self.bandwidth, self.initial_threshold)
+
+
+class GatedSAEConfig(SAEConfig):
     """One path decides which elements are active, another how much (Rajamanoharan et al. 2024a)."""
 
     kind: Literal["gated"] = "gated"
+
+    def build(self, d_act: int, n_dict: int, d_out: int) -> "sparsify.saes.base.SAE":
+        """Return a `GatedSAE`."""
+        from sparsify.saes.gated import GatedSAE
+
+        return GatedSAE(d_act, n_dict)
 
 
 PrefixShare = Annotated[float, Field(gt=0, lt=1)]
 
 
-class MatryoshkaSAEConfig(BaseSAEConfig):
+class MatryoshkaSAEConfig(SAEConfig):
     """A batch-top-k dictionary whose prefixes are dictionaries too (Bussmann et al. 2025)."""
 
     kind: Literal["matryoshka"] = "matryoshka"
@@ -107,36 +185,76 @@ class MatryoshkaSAEConfig(BaseSAEConfig):
             raise ValueError("must ascend, each larger than the one before")
         return shares
 
+    def build(self, d_act: int, n_dict: int, d_out: int) -> "sparsify.saes.base.SAE":
+        """Return a `MatryoshkaSAE`, whose prefixes must differ in size."""
+        from sparsify.saes.matryoshka import MatryoshkaSAE
 
-class CodebookSAEConfig(BaseSAEConfig):
+        sizes = [int(share * n_dict) for share in self.prefix_shares]
+        if sizes[0] < 1 or len(set(sizes)) < len(sizes):
+            raise UserError(
+                f"saes.prefix_shares ({self.prefix_shares}) of {n_dict} dictionary elements "
+                f"are {sizes}, which must be above 0 and different; leave some out"
+            )
+        return MatryoshkaSAE(d_act, n_dict, self.k, sizes)
+
+
+class CodebookSAEConfig(SAEConfig):
     """The sum of the k most similar codes (Tamkin et al. 2023)."""
 
     kind: Literal["codebook"] = "codebook"
     k: Count
     """Codes that are added for a token."""
+
+    code_has_gradient: ClassVar[bool] = False
     has_pre_acts: ClassVar[bool] = False
     has_decoder_bias: ClassVar[bool] = False
 
+    def build(self, d_act: int, n_dict: int, d_out: int) -> "sparsify.saes.base.SAE":
+        """Return a `CodebookSAE`."""
+        from sparsify.saes.codebook import CodebookSAE
 
-class TranscoderConfig(BaseSAEConfig):
+        return CodebookSAE(d_act, n_dict, self.k)
+
+
+class TranscoderConfig(SAEConfig):
     """Reads one hook point and writes another (Dunefsky et al. 2024)."""
 
     kind: Literal["transcoder"] = "transcoder"
     k: Count | None = None
     """Elements active on a token. null: a ReLU, for a sparsity penalty."""
     skip: bool = False
-    """Whether a matrix of its own leads directly from what is read to what is written (Paulo et al.
+    """A matrix of its own leads directly from what is read to what is written (Paulo et al.
     2025)."""
 
+    reads_elsewhere: ClassVar[bool] = True
 
-SAEConfig = (
-    ReLUSAEConfig
-    | ReLUTiedBiasSAEConfig
-    | TopKSAEConfig
-    | BatchTopKSAEConfig
-    | JumpReLUSAEConfig
-    | GatedSAEConfig
-    | MatryoshkaSAEConfig
-    | CodebookSAEConfig
-    | TranscoderConfig
-)
+    def build(self, d_act: int, n_dict: int, d_out: int) -> "sparsify.saes.base.SAE":
+        """Return a `Transcoder`."""
+        from sparsify.saes.transcoder import Transcoder
+
+        return Transcoder(d_act, n_dict, d_out, self.k, has_skip=self.skip)
+
+
+KINDS: dict[str, type[SAEConfig]] = {
+    config.model_fields["kind"].default: config
+    for config in (
+        ReLUSAEConfig,
+        ReLUTiedBiasSAEConfig,
+        TopKSAEConfig,
+        BatchTopKSAEConfig,
+        JumpReLUSAEConfig,
+        GatedSAEConfig,
+        MatryoshkaSAEConfig,
+        CodebookSAEConfig,
+        TranscoderConfig,
+    )
+}
+"""The config of each kind, by name, in the order of `--help`."""
+
+DEFAULT_KIND = "relu"
+"""Kind of a config that names none, as the original's configs do not."""
+
+
+def kinds_where(allows: Callable[[type[SAEConfig]], bool]) -> str:
+    """Names of the kinds that allow something, for a message that refuses it on another."""
+    return ", ".join(name for name, config in KINDS.items() if allows(config))

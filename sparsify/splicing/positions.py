@@ -5,7 +5,7 @@ from math import prod
 
 from torch import nn
 
-from sparsify.saes.config import SAEConfig, TranscoderConfig
+from sparsify.saes.config import SAEConfig, kinds_where
 from sparsify.settings.base_config import UserError
 from sparsify.tlens.hook_names import check_hook_names
 from sparsify.tlens.hooked_model import HookedModel
@@ -22,11 +22,11 @@ def reads_of(sae: SAEConfig, positions: list[str], sources: list[str]) -> dict[s
     Raises:
         UserError: The sources do not suit the kind or the positions.
     """
-    if not isinstance(sae, TranscoderConfig):
+    if not sae.reads_elsewhere:
         if sources:
             raise UserError(
-                f"read_positions: belongs to kind transcoder, but saes.kind is '{sae.kind}', which "
-                "reads where it writes; remove it"
+                f"read_positions: belongs to kind {kinds_where(lambda kind: kind.reads_elsewhere)},"
+                f" but saes.kind is '{sae.kind}', which reads where it writes; remove it"
             )
         return {position: position for position in positions}
     if len(sources) != len(positions):

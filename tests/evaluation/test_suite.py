@@ -15,9 +15,9 @@ from sparsify.evaluation.results import finite_or_none
 from sparsify.evaluation.suite import RunningVariance, evaluate_suite, later_hooks, random_errors
 from sparsify.evaluation.suite_results import PositionSuite, Suite
 from sparsify.evaluation.suite_table import format_suite
-from sparsify.runs.config import Transcoders
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.acts import SAEActs
+from sparsify.saes.config import TranscoderConfig
 
 RESID = ["blocks.1.hook_resid_pre"]
 HEADS = ["blocks.1.attn.hook_z"]
@@ -277,9 +277,7 @@ def test_a_transcoder_is_compared_with_what_it_stands_in_for(
     request: pytest.FixtureRequest, tokens: Tensor, model_fixture: str
 ):
     read, written = "blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out"
-    config = Transcoders(
-        dict_size_to_input_ratio=2.0, sae_positions=[written], read_positions=[read]
-    )
+    config = TranscoderConfig(dict_size_to_input_ratio=2.0)
     model = SAETransformer(
         request.getfixturevalue(model_fixture), written, sae=config, read_positions=read
     )

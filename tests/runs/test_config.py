@@ -3,8 +3,8 @@ from typing import Any
 
 import pytest
 
-from sparsify.runs.config import PLACED, ReLUSAEs, SAETransformerConfig, TopKSAEs
-from sparsify.saes.config import ReLUSAEConfig
+from sparsify.runs.config import PLACED, SAETransformerConfig
+from sparsify.saes.config import ReLUSAEConfig, TopKSAEConfig
 from sparsify.settings.base_config import dump_yaml, load_config
 
 SAES: dict[str, Any] = {"sae_positions": ["hook_resid_pre"], "dict_size_to_input_ratio": 2}
@@ -12,13 +12,13 @@ SAES: dict[str, Any] = {"sae_positions": ["hook_resid_pre"], "dict_size_to_input
 
 def test_one_name_stands_for_a_list():
     fields = {"sae_positions": "hook_z", "pretrained_sae_paths": "a/b.pt"}
-    config = ReLUSAEs.model_validate(SAES | fields)
+    config = PLACED["relu"].model_validate(SAES | fields)
     assert config.sae_positions == ["hook_z"]
     assert config.pretrained_sae_paths == [Path("a/b.pt")]
 
 
 def test_ratio_goes_to_the_sae():
-    config = ReLUSAEs.model_validate(SAES | {"dict_size_to_input_ratio": 1.5})
+    config = PLACED["relu"].model_validate(SAES | {"dict_size_to_input_ratio": 1.5})
     assert isinstance(config, ReLUSAEConfig)
     assert config.dict_size_to_input_ratio == 1.5
 
@@ -45,7 +45,7 @@ def test_config_reads_back_equal(model: dict[str, str]):
 )
 def test_bad_saes_are_rejected(fields: dict[str, object], message: str):
     with pytest.raises(ValueError, match=message):
-        ReLUSAEs.model_validate(SAES | fields)
+        PLACED["relu"].model_validate(SAES | fields)
 
 
 def test_help_says_which_kinds_a_setting_belongs_to(capsys: pytest.CaptureFixture[str]):
@@ -59,13 +59,12 @@ def test_help_says_which_kinds_a_setting_belongs_to(capsys: pytest.CaptureFixtur
 
 def test_a_kind_and_its_settings_can_be_chosen_on_the_command_line(tmp_path: Path):
     path = tmp_path / "config.yaml"
-    path.write_text(
-        dump_yaml(SAETransformerConfig(tlens_model_name="gpt2", saes=ReLUSAEs.model_validate(SAES)))
-    )
+    saes = PLACED["relu"].model_validate(SAES)
+    path.write_text(dump_yaml(SAETransformerConfig(tlens_model_name="gpt2", saes=saes)))
     config = load_config(
         SAETransformerConfig, [str(path), "--saes.kind", "topk", "--saes.k", "3"], ""
     )
-    assert isinstance(config.saes, TopKSAEs)
+    assert isinstance(config.saes, TopKSAEConfig)
     assert config.saes.k == 3
 
 
