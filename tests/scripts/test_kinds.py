@@ -35,7 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "transcoder": {**KINDS["transcoder"], "sae_positions": [WRITTEN], "read_positions": [READ]},
 }
 """What each has besides what all have."""
-PENALISED = {"relu", "relu_tied_bias", "jumprelu", "gated"}
+PENALISED = {kind for kind, settings in KINDS.items() if "k" not in settings}
 
 MIXES: dict[str, dict[str, Any]] = {
     "local": {"out_to_in": {"coeff": 1.0}},
