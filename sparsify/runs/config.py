@@ -30,7 +30,7 @@ from sparsify.training.config import TrainingConfig
 
 
 class SAEPlacement(BaseConfig):
-    """Where SAEs sit, and what they start from."""
+    """Hook points of SAEs, and the checkpoints that they start from."""
 
     sae_positions: HookNames
     """Hook points: full names, or runs of their dotted parts (`hook_resid_pre` is that of every
@@ -61,7 +61,7 @@ class SAEPlacement(BaseConfig):
 
 
 class ReadPlacement(BaseConfig):
-    """Where SAEs read, if not where they write."""
+    """Hook points that SAEs read, if they do not read where they write."""
 
     read_positions: Annotated[list[str], BeforeValidator(listed)]
     """Hook points that are read, in the order of the sae_positions, where is written. Two may read

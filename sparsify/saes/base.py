@@ -1,7 +1,7 @@
-"""What every kind of SAE has in common.
+"""Base class of all kinds of SAE.
 
 Dimensions: `*sample` is any leading batch and position dimensions, `d_act` the width of the
-hooked activation, `d_out` that of what is written (the same but for a transcoder), `n_dict` the
+hooked activation, `d_out` that of the output (the same, except in a transcoder), `n_dict` the
 number of dictionary elements.
 """
 
@@ -18,16 +18,16 @@ from sparsify.saes.acts import SAEActs
 
 @dataclass(frozen=True)
 class NewElements:
-    """What dictionary elements are made anew from."""
+    """Activations from which dictionary elements are reset."""
 
     index: Int[Tensor, " some"]
-    """Which elements."""
+    """Index of each element."""
 
     inputs: Float[Tensor, "some d_act"]
-    """What each is to read."""
+    """Activation that each is to read."""
 
     targets: Float[Tensor, "some d_out"]
-    """What each is to write."""
+    """Activation that each is to write."""
 
     mean_input: Float[Tensor, " d_act"]
     """Mean of all inputs."""
@@ -37,12 +37,12 @@ class SAE(nn.Module, ABC):
     """A sparse autoencoder: `encode` makes a sparse code, `decode` an activation from it."""
 
     row_sparse_grads: bool = False
-    """Whether gradients of matrices may be sparse COO tensors, which hold the rows of active
-    elements alone. The optimizer must take them, as that of `build_adam` does."""
+    """Gradients of matrices may be sparse COO tensors, which hold the rows of active elements
+    alone. The optimizer must take them, as that of `build_adam` does."""
 
     other_weights: tuple[float, ...] = ()
-    """Weight of each of the other outputs: what else is trained to stand in for the activation,
-    such as that of a part of the dictionary. Errors of the output itself have weight 1."""
+    """Weight of each other output that is trained to stand in for the activation, such as that of
+    a part of the dictionary. Errors of the output itself have weight 1."""
 
     def __init__(self, d_act: int, n_dict: int, d_out: int | None = None) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class SAE(nn.Module, ABC):
 
     @property
     def is_trained(self) -> bool:
-        """Whether any of its parameters has a gradient."""
+        """True if any of its parameters has a gradient."""
         return any(parameter.requires_grad for parameter in self.parameters())
 
     @abstractmethod
@@ -81,10 +81,10 @@ class SAE(nn.Module, ABC):
         """Learn from a training batch what no gradient teaches."""
 
     def project_gradients(self) -> None:
-        """Take out of the gradients what the SAE's constraints would undo. Before each step."""
+        """Remove from the gradients what the constraints would undo. Before each step."""
 
     def restore_constraints(self) -> None:
-        """Bring the parameters back to where the SAE's constraints hold. After each step."""
+        """Bring the parameters back to where the constraints hold. After each step."""
 
     @abstractmethod
     def element_parameters(self) -> list[nn.Parameter]:
@@ -92,7 +92,7 @@ class SAE(nn.Module, ABC):
 
     @abstractmethod
     def reset_elements(self, new: NewElements) -> None:
-        """Make elements anew, each to read an input and write its target."""
+        """Reset elements so that each reads an input and writes its target."""
 
 
 @contextmanager

@@ -20,11 +20,11 @@ from sparsify.saes.acts import SAEActs
 from sparsify.saes.linear import LinearSAE
 
 THRESHOLD_DECAY = 0.99
-"""Of the running mean, which so follows the last hundred batches."""
+"""Decay of the running mean, which thus follows the last hundred batches."""
 
 
 def are_largest(values: Float[Tensor, "*sample n_dict"], n: int) -> Bool[Tensor, "*sample n_dict"]:
-    """Which are the n largest entries of all; among equal ones the first."""
+    """Mask of the n largest entries of all; among equal ones the first."""
     flat = values.detach().flatten()
     if n == 0:
         return torch.zeros_like(values, dtype=torch.bool)
@@ -46,7 +46,7 @@ class BatchTopKSAE(LinearSAE):
     Args:
         d_act: Width of the activation.
         n_dict: Dictionary elements.
-        k: How many of them are active on a token, on average.
+        k: Elements active on a token, on average.
     """
 
     threshold: Tensor
@@ -60,7 +60,7 @@ class BatchTopKSAE(LinearSAE):
     def activate(
         self, pre_acts: Float[Tensor, "*sample n_dict"]
     ) -> Float[Tensor, "*sample n_dict"]:
-        """In training the k * tokens largest of all, else those above the learned threshold."""
+        """The k * tokens largest of all in training, else those above the learned threshold."""
         if not self.training:
             return pre_acts.relu() * (pre_acts > self.threshold)
         n_tokens = pre_acts.shape[:-1].numel()

@@ -24,7 +24,7 @@ class CodebookSAE(SAE):
     Args:
         d_act: Width of the activation.
         n_dict: Codes.
-        k: How many of them are added for a token.
+        k: Codes that are added for a token.
     """
 
     def __init__(self, d_act: int, n_dict: int, k: int) -> None:
@@ -67,7 +67,7 @@ class CodebookSAE(SAE):
 
     @torch.no_grad()
     def reset_elements(self, new: NewElements) -> None:
-        """Make codes anew in the directions of their targets, as long as the others on average."""
+        """Reset codes to the directions of their targets, as long as the others on average."""
         others = torch.ones(self.n_dict, dtype=torch.bool, device=new.index.device)
         others[new.index] = False
         kept = self.codes[others] if others.any() else self.codes

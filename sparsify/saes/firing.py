@@ -1,4 +1,4 @@
-"""Counts how often each dictionary element fires."""
+"""Counter of how often each dictionary element fires."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ class FiringCounter:
 
     Args:
         n_dict: Number of dictionary elements.
-        device: Where the codes are. None: torch's default device.
+        device: Device of the codes. None: torch's default device.
     """
 
     def __init__(self, n_dict: int, device: torch.device | str | None = None) -> None:
@@ -47,7 +47,7 @@ class FiringCounter:
         return {"counts": self.counts, "n_tokens": self.n_tokens}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Resume from what `state_dict` returned."""
         self.counts.copy_(state["counts"])
         self.n_tokens = state["n_tokens"]
 

@@ -48,17 +48,17 @@ class GatedSAE(LinearSAE):
         return SAEActs(input=input, c=c, output=self.decode(c), gates=gates.relu())
 
     def other_output(self, acts: SAEActs, index: int) -> Float[Tensor, "*sample d_out"]:
-        """What the gates stand for, with a decoder that counts as constant."""
+        """The activation that the gates stand for, with a decoder that counts as constant."""
         assert acts.gates is not None
         return F.linear(acts.gates, self.dict_elements.detach().T, self.decoder.bias.detach())
 
     def element_parameters(self) -> list[nn.Parameter]:
-        """Those of every linear SAE, and the magnitudes' scales and biases."""
+        """Parameters of every linear SAE, and the magnitudes' scales and biases."""
         return [*super().element_parameters(), self.log_scale, self.magnitude_bias]
 
     @torch.no_grad()
     def reset_elements(self, new: NewElements) -> None:
-        """Make elements anew, with magnitudes like the gates."""
+        """Reset elements, with magnitudes like the gates."""
         super().reset_elements(new)
         self.log_scale[new.index] = 0.0
         self.magnitude_bias[new.index] = 0.0

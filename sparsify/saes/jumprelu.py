@@ -77,7 +77,7 @@ class JumpReLUSAE(LinearSAE):
         d_act: Width of the activation.
         n_dict: Dictionary elements.
         bandwidth: Width of the window in which a pre-activation gives its threshold a gradient.
-        initial_threshold: Where the thresholds start.
+        initial_threshold: Value at which the thresholds start.
     """
 
     def __init__(self, d_act: int, n_dict: int, bandwidth: float, initial_threshold: float) -> None:
@@ -95,7 +95,7 @@ class JumpReLUSAE(LinearSAE):
     def activate(
         self, pre_acts: Float[Tensor, "*sample n_dict"]
     ) -> Float[Tensor, "*sample n_dict"]:
-        """Those above their threshold."""
+        """Pre-activations above their threshold, and zeros."""
         c = JumpReLU.apply(pre_acts, self.threshold, self.bandwidth)
         assert isinstance(c, Tensor)
         return c
@@ -114,11 +114,11 @@ class JumpReLUSAE(LinearSAE):
         return active
 
     def element_parameters(self) -> list[nn.Parameter]:
-        """Those of every linear SAE, and the thresholds."""
+        """Parameters of every linear SAE, and the thresholds."""
         return [*super().element_parameters(), self.log_threshold]
 
     @torch.no_grad()
     def reset_elements(self, new: NewElements) -> None:
-        """Make elements anew, with the threshold that all started with."""
+        """Reset elements, with the threshold that all started with."""
         super().reset_elements(new)
         self.log_threshold[new.index] = math.log(self.initial_threshold)

@@ -1,4 +1,4 @@
-"""What the kinds share whose encoder and decoder are affine maps.
+"""Base class of the kinds whose encoder and decoder are affine maps.
 
 Dimensions as in `sparsify.saes.base`.
 """
@@ -22,7 +22,7 @@ RESET_ENCODER_SCALE = 0.2
 class Decoder(nn.Module):
     """`nn.Linear(n_dict, d_out)` with an orthogonal weight, stored one dictionary element per row.
 
-    An element so lies in one piece of memory, and a gradient can be that of some elements alone.
+    An element thus lies in one piece of memory, and a gradient can be that of some elements alone.
     In a state dict the weight is that of `nn.Linear`.
     """
 
@@ -74,7 +74,7 @@ def _load_columns(
 
 
 class LinearSAE(SAE):
-    """A kind of SAE that only has to say how its code is made of pre-activations.
+    """Kind of SAE that only has to say how its code is made of pre-activations.
 
         pre_acts = W_enc (input - b_dec) + b_enc
         c        = activate(pre_acts)
@@ -87,13 +87,13 @@ class LinearSAE(SAE):
     """
 
     is_centred: ClassVar[bool] = True
-    """Whether the decoder's bias is subtracted before encoding."""
+    """The decoder's bias is subtracted before encoding."""
 
     is_held: ClassVar[bool] = True
-    """Whether elements are held at unit norm. If not, they have any and are scaled when used."""
+    """Elements are held at unit norm. If not, they have any norm and are scaled when used."""
 
     keeps_pre_acts: bool = False
-    """Whether the pre-activations are kept for a loss that reads them."""
+    """Pre-activations are kept for a loss that reads them."""
 
     def __init__(self, d_act: int, n_dict: int, d_out: int | None = None) -> None:
         super().__init__(d_act, n_dict, d_out)
@@ -126,7 +126,7 @@ class LinearSAE(SAE):
         """
 
     def centred(self, input: Float[Tensor, "*sample d_act"]) -> Float[Tensor, "*sample d_act"]:
-        """What the encoder's affine map is applied to."""
+        """Input of the encoder's affine map: less the decoder's bias if `is_centred`."""
         return input - self.decoder.bias if self.is_centred else input
 
     def pre_acts_of(
@@ -190,7 +190,7 @@ class LinearSAE(SAE):
 
     @torch.no_grad()
     def reset_elements(self, new: NewElements) -> None:
-        """Make elements anew, each to read an input and write its target.
+        """Reset elements so that each reads an input and writes its target.
 
         As in Bricken et al. 2023 the encoder's rows get a fifth of the mean norm of the other rows,
         here with those of dead elements for which there was no input, and the encoder's bias is

@@ -1,7 +1,7 @@
 """The Matryoshka SAE of Bussmann et al. 2025 (arXiv:2503.17547).
 
-A batch-top-k SAE whose prefixes are dictionaries of their own: besides the output of all elements,
-that of the first m is trained too, for several m,
+A batch-top-k SAE whose prefixes are dictionaries of their own: in addition to the output of all
+elements, that of the first m is trained, for several m,
 
     output_m = D[:, :m] c[:m] + b_dec
 
@@ -24,7 +24,7 @@ class MatryoshkaSAE(BatchTopKSAE):
     Args:
         d_act: Width of the activation.
         n_dict: Dictionary elements.
-        k: How many of them are active on a token, on average.
+        k: Elements active on a token, on average.
         prefix_sizes: Elements in each of the smaller dictionaries, ascending.
     """
 
@@ -34,6 +34,6 @@ class MatryoshkaSAE(BatchTopKSAE):
         self.other_weights = (1.0,) * len(prefix_sizes)
 
     def other_output(self, acts: SAEActs, index: int) -> Float[Tensor, "*sample d_out"]:
-        """What the elements of a prefix stand for alone."""
+        """The activation that the elements of a prefix stand for alone."""
         size = self.prefix_sizes[index]
         return F.linear(acts.c[..., :size], self.dict_elements[:size].T, self.decoder.bias)

@@ -18,5 +18,5 @@ class ReLUTiedBiasSAE(LinearSAE):
     def activate(
         self, pre_acts: Float[Tensor, "*sample n_dict"]
     ) -> Float[Tensor, "*sample n_dict"]:
-        """Those above zero."""
+        """Pre-activations above zero, and zeros."""
         return pre_acts.relu_()

@@ -19,7 +19,7 @@ MULTI_WEIGHT = 1 / 8
 def keep_largest(
     pre_acts: Float[Tensor, "*sample n_dict"], k: int
 ) -> Float[Tensor, "*sample n_dict"]:
-    """The k largest entries of each sample, of which no negative ones, and zero elsewhere."""
+    """The k largest entries of each sample where they are positive, and zero elsewhere."""
     values, index = pre_acts.topk(k, dim=-1, sorted=False)
     return torch.zeros_like(pre_acts).scatter(-1, index, values.relu())
 
@@ -30,8 +30,8 @@ class TopKSAE(LinearSAE):
     Args:
         d_act: Width of the activation.
         n_dict: Dictionary elements.
-        k: How many of them are active on a token.
-        multi_k: How many are in the other code that is trained. None: there is none.
+        k: Elements active on a token.
+        multi_k: Elements in the other code that is trained. None: there is none.
     """
 
     def __init__(self, d_act: int, n_dict: int, k: int, multi_k: int | None = None) -> None:
@@ -44,11 +44,11 @@ class TopKSAE(LinearSAE):
     def activate(
         self, pre_acts: Float[Tensor, "*sample n_dict"]
     ) -> Float[Tensor, "*sample n_dict"]:
-        """The k largest."""
+        """The k largest pre-activations, and zeros."""
         return keep_largest(pre_acts, self.k)
 
     def other_output(self, acts: SAEActs, index: int) -> Float[Tensor, "*sample d_out"]:
-        """What the `multi_k` largest entries stand for."""
+        """The activation that the `multi_k` largest entries stand for."""
         assert acts.pre_acts is not None
         assert self.multi_k is not None
         return self.decode(keep_largest(acts.pre_acts, self.multi_k))

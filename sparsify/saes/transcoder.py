@@ -3,10 +3,10 @@
     c = relu(W_enc input + b_enc), or the k largest entries of it
     output = D c + b_dec (+ W_skip input)
 
-It reads one hook point and writes another, say what goes into an MLP and what comes out, so that
-the elements stand for what the part between them computes. The output takes the place of that of
-the part. The input is not centred, as the decoder's bias belongs to another hook point. The skip is
-that of Paulo et al. 2025 (arXiv:2501.18823).
+It reads one hook point and writes another, such as the input and the output of an MLP, so that the
+elements stand for what the part between them computes. Its output takes the place of that part's.
+The input is not centred, as the decoder's bias belongs to another hook point. The skip is that of
+Paulo et al. 2025 (arXiv:2501.18823).
 """
 
 from dataclasses import replace
@@ -25,15 +25,15 @@ from sparsify.saes.topk import keep_largest
 class Transcoder(LinearSAE):
     """Reads one hook point and writes another.
 
-    The encoder starts as any `nn.Linear` does, the skip at zero. The skip is no part of the code,
-    so `decode` leaves it out.
+    The encoder starts as any `nn.Linear` does, the skip at zero. The skip is not a part of the
+    code, so `decode` leaves it out.
 
     Args:
         d_act: Width of the activation that is read.
         n_dict: Dictionary elements.
         d_out: Width of the activation that is written.
-        k: How many elements are active on a token. None: as many as are above zero.
-        has_skip: Whether a matrix leads directly from what is read to what is written.
+        k: Elements active on a token. None: as many as are above zero.
+        has_skip: A matrix leads directly from the input to the output.
     """
 
     is_centred: ClassVar[bool] = False
@@ -57,11 +57,11 @@ class Transcoder(LinearSAE):
     def activate(
         self, pre_acts: Float[Tensor, "*sample n_dict"]
     ) -> Float[Tensor, "*sample n_dict"]:
-        """The k largest, or those above zero."""
+        """The k largest pre-activations, or those above zero, and zeros."""
         return pre_acts.relu_() if self.k is None else keep_largest(pre_acts, self.k)
 
     def forward(self, input: Float[Tensor, "*sample d_act"]) -> SAEActs:
-        """The input, its code and what is written."""
+        """The input, its code and the output."""
         acts = super().forward(input)
         if self.skip is None:
             return acts
@@ -69,7 +69,7 @@ class Transcoder(LinearSAE):
 
     @torch.no_grad()
     def reset_elements(self, new: NewElements) -> None:
-        """Make elements anew, each to write what the skip leaves of its target."""
+        """Reset elements so that each writes what the skip leaves of its target."""
         if self.skip is not None:
             new = replace(new, targets=new.targets - self.skip(new.inputs))
         super().reset_elements(new)

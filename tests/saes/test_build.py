@@ -1,8 +1,13 @@
+from typing import ClassVar, Literal
+
 import pytest
 import torch
+from example_saes import IdentitySAE
 
+from sparsify.losses.loss import LossConfig, check_loss_suits_kind
+from sparsify.saes.base import SAE
 from sparsify.saes.build import build_sae
-from sparsify.saes.config import ReLUSAEConfig
+from sparsify.saes.config import KINDS, ReLUSAEConfig, SAEConfig, kinds_where
 from sparsify.saes.relu import ReLUSAE
 from sparsify.settings.base_config import UserError
 
@@ -50,3 +55,33 @@ def test_a_ratio_that_leaves_no_element_is_rejected():
     config = ReLUSAEConfig(dict_size_to_input_ratio=0.1)
     with pytest.raises(UserError, match=r"dict_size_to_input_ratio: 0.1 of .* width 4 .* 0.25 or"):
         build_sae(config, d_act=4)
+
+
+class IdentityConfig(SAEConfig):
+    """A kind that is not in the table, as one in a notebook."""
+
+    kind: Literal["identity"] = "identity"
+    has_pre_acts: ClassVar[bool] = False
+
+    def build(self, d_act: int, n_dict: int, d_out: int) -> SAE:
+        return IdentitySAE(d_act)
+
+
+def test_a_kind_need_not_be_in_the_table_to_be_built():
+    sae = build_sae(IdentityConfig(dict_size_to_input_ratio=2.0), d_act=3)
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(sae(x).output, x)
+    assert "identity" not in KINDS
+
+
+def test_a_code_without_pre_activations_can_be_penalised_but_not_revived():
+    sae = IdentityConfig(dict_size_to_input_ratio=2.0)
+    check_loss_suits_kind(LossConfig.model_validate({"sparsity": {"coeff": 1.0}}), sae)
+    with pytest.raises(ValueError, match="elements of kind 'identity' have no pre-activations"):
+        check_loss_suits_kind(LossConfig.model_validate({"aux_k": {"coeff": 1.0}}), sae)
+
+
+def test_kinds_are_named_by_what_they_allow():
+    assert kinds_where(lambda kind: not kind.code_has_gradient) == "codebook"
+    assert kinds_where(lambda kind: kind.has_thresholds) == "jumprelu"
+    assert kinds_where(lambda kind: kind.reads_elsewhere) == "transcoder"

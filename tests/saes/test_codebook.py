@@ -80,7 +80,7 @@ def test_dict_elements_are_the_codes_of_unit_norm():
     torch.testing.assert_close(tiny_sae().dict_elements, expected)
 
 
-def test_codes_made_anew_point_to_their_targets_and_leave_the_others_as_they_are():
+def test_reset_codes_point_to_their_targets_and_leave_the_others_as_they_are():
     sae = tiny_sae()
     before = copy.deepcopy(sae.codes)
     targets = torch.tensor([[3.0, 4.0], [-8.0, 6.0]])

@@ -86,7 +86,7 @@ def test_at_the_start_magnitudes_are_the_gates():
     torch.testing.assert_close(acts.output, sae.other_output(acts, 0))
 
 
-def test_elements_made_anew_have_magnitudes_like_their_gates():
+def test_reset_elements_have_magnitudes_like_their_gates():
     sae = tiny_sae()
     sae.reset_elements(
         NewElements(torch.tensor([0]), torch.randn(1, 2), torch.randn(1, 2), torch.zeros(2))

@@ -111,7 +111,7 @@ def test_the_output_trains_all_parameters_as_worked_out_by_hand():
     torch.testing.assert_close(sae.decoder.elements.grad, expected)
 
 
-def test_elements_made_anew_have_the_threshold_that_all_started_with():
+def test_reset_elements_have_the_threshold_that_all_started_with():
     sae = tiny_sae()
     sae.reset_elements(
         NewElements(torch.tensor([1]), torch.randn(1, 2), torch.randn(1, 2), torch.zeros(2))

@@ -1,4 +1,4 @@
-"""What all kinds share whose encoder and decoder are affine maps."""
+"""Laws of all kinds whose encoder and decoder are affine maps."""
 
 import copy
 from collections.abc import Callable
@@ -162,7 +162,7 @@ def sum_of_squares(rows: Tensor) -> Tensor:
 
 
 def with_new_elements(name: str) -> tuple[LinearSAE, LinearSAE, Tensor, Tensor, Tensor]:
-    """An SAE before and after elements 7 and 2 were made anew; inputs, targets and mean input."""
+    """An SAE before and after elements 7 and 2 were reset; inputs, targets and mean input."""
     sae = ALL[name](4, 9)
     with torch.no_grad():
         for parameter in sae.parameters():
@@ -174,7 +174,7 @@ def with_new_elements(name: str) -> tuple[LinearSAE, LinearSAE, Tensor, Tensor, 
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_elements_made_anew_leave_the_others_as_they_are(name: str):
+def test_reset_elements_leave_the_others_as_they_are(name: str):
     before, sae, *_ = with_new_elements(name)
     of_elements = [parameter for parameter in sae.parameters() if len(parameter) == sae.n_dict]
     assert {id(p) for p in of_elements} == {id(p) for p in sae.element_parameters()}
@@ -184,7 +184,7 @@ def test_elements_made_anew_leave_the_others_as_they_are(name: str):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_elements_made_anew_read_their_input_and_write_their_target(name: str):
+def test_reset_elements_read_their_input_and_write_their_target(name: str):
     before, sae, inputs, targets, mean = with_new_elements(name)
     is_centred = name not in ("relu", "transcoder", "topk_skip")
     direction = unit(inputs - (before.decoder.bias if is_centred else mean))
@@ -200,7 +200,7 @@ def test_elements_made_anew_read_their_input_and_write_their_target(name: str):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_all_elements_can_be_made_anew(name: str):
+def test_all_elements_can_be_reset(name: str):
     sae, rows = ALL[name](4, 9), torch.randn(9, 4)
     sae.reset_elements(
         NewElements(torch.arange(9), rows, torch.randn(9, sae.d_out), torch.zeros(4))

@@ -1,9 +1,12 @@
+import re
+
 import pytest
 import torch
 
 from sparsify.saes.build import build_sae
 from sparsify.saes.config import MatryoshkaSAEConfig
 from sparsify.saes.matryoshka import MatryoshkaSAE
+from sparsify.settings.base_config import UserError
 
 
 def test_outputs_match_hand_computation():
@@ -63,3 +66,10 @@ def test_prefixes_are_shares_of_the_dictionary():
 def test_bad_shares_are_rejected(shares: list[float], message: str):
     with pytest.raises(ValueError, match=message):
         MatryoshkaSAEConfig(dict_size_to_input_ratio=4.0, k=2, prefix_shares=shares)
+
+
+@pytest.mark.parametrize(("shares", "sizes"), [([0.01, 0.5], "[0, 16]"), ([0.5, 0.51], "[16, 16]")])
+def test_prefixes_of_too_few_elements_are_rejected(shares: list[float], sizes: str):
+    config = MatryoshkaSAEConfig(dict_size_to_input_ratio=4.0, k=2, prefix_shares=shares)
+    with pytest.raises(UserError, match=re.escape(f"of 32 dictionary elements are {sizes}, which")):
+        build_sae(config, d_act=8)
