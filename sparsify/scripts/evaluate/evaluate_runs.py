@@ -18,7 +18,7 @@ from sparsify.runs.run_folder import EVALUATION_FILE, write_text
 from sparsify.runs.saved import model_identity
 from sparsify.runs.text import kept_tokens, load_eval_batches
 from sparsify.runs.weight_files import WEIGHTS_NAME, checkpoint_at, load_weights
-from sparsify.scripts.evaluate.run_evaluate import SavedRun
+from sparsify.scripts.evaluate.saved_runs import SavedRun
 from sparsify.settings.base_config import UserError
 from sparsify.tlens.loading import resolve_device
 
