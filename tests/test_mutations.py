@@ -24,13 +24,8 @@ import sparsify.scripts.train_tlens_saes as scripts
 from sparsify.runs.checkpoints import load_checkpoint, save_checkpoint
 from sparsify.runs.weight_files import load_metadata, load_state, load_weights
 from sparsify.scripts.train_tlens_saes.config import Config
-from sparsify.settings.base_config import (
-    UserError,
-    dump_yaml,
-    load_config,
-    read_yaml,
-    validate_config,
-)
+from sparsify.settings.base_config import UserError, dump_yaml, read_yaml, validate_config
+from sparsify.settings.command_line import load_config
 
 RECIPE = (Path(scripts.__path__[0]) / "tiny_python_e2e.yaml").read_bytes()
 MANIFEST, WEIGHTS, STATE = NAMES = ("checkpoint_8.json", "samples_8.safetensors", "state_8.pt")

@@ -15,13 +15,8 @@ from dotenv import find_dotenv, load_dotenv
 
 from sparsify.runs.config import SAERunConfig
 from sparsify.runs.run_folder import CONFIG_FILE
-from sparsify.settings.base_config import (
-    AnyConfig,
-    UserError,
-    load_config,
-    read_yaml,
-    validate_config,
-)
+from sparsify.settings.base_config import AnyConfig, UserError, read_yaml, validate_config
+from sparsify.settings.command_line import load_config
 from sparsify.settings.secrets import redact_secrets
 from sparsify.sweeps.jobs import Script
 from sparsify.training.config import NEWEST_RUN, TrainingConfig

@@ -24,10 +24,10 @@ from sparsify.settings.base_config import (
     Count,
     Name,
     UserError,
-    load_config,
     read_yaml,
     validate_config,
 )
+from sparsify.settings.command_line import load_config
 from sparsify.sweeps.jobs import Job, Script
 
 PROGRAM_MACRO, ARGS_MACRO = "${program}", "${args}"

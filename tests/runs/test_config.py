@@ -5,7 +5,8 @@ import pytest
 
 from sparsify.runs.config import PLACED, SAETransformerConfig
 from sparsify.saes.config import ReLUSAEConfig, TopKSAEConfig
-from sparsify.settings.base_config import dump_yaml, load_config
+from sparsify.settings.base_config import dump_yaml
+from sparsify.settings.command_line import load_config
 
 SAES: dict[str, Any] = {"sae_positions": ["hook_resid_pre"], "dict_size_to_input_ratio": 2}
 

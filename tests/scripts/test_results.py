@@ -15,7 +15,8 @@ from sparsify.scripts.cli import EXIT_BAD_INPUT, training_scripts
 from sparsify.scripts.results import claims, frontier, run_frontier, run_results
 from sparsify.scripts.train_tlens_saes.config import Config
 from sparsify.scripts.train_tlens_saes.run_train_tlens_saes import main as train
-from sparsify.settings.base_config import BaseConfig, UserError, load_config
+from sparsify.settings.base_config import BaseConfig, UserError
+from sparsify.settings.command_line import load_config
 from sparsify.sweeps.jobs import finished_runs
 from sparsify.sweeps.sweep import load_sweep
 

@@ -14,7 +14,8 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 from sparsify.scripts.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED, training_scripts
 from sparsify.scripts.sweep import run_sweep
 from sparsify.scripts.train_tlens_saes.config import Config
-from sparsify.settings.base_config import UserError, load_config, read_yaml
+from sparsify.settings.base_config import UserError, read_yaml
+from sparsify.settings.command_line import load_config
 from sparsify.sweeps import processes
 from sparsify.sweeps.sweep import load_sweep
 

@@ -17,7 +17,7 @@ from sparsify.scripts.cli import exit_code_of, read_sae_run, run_command, traini
 from sparsify.scripts.results import claims
 from sparsify.scripts.results.frontier import write_frontier
 from sparsify.scripts.tables import check_places, put_into
-from sparsify.settings.base_config import load_config
+from sparsify.settings.command_line import load_config
 from sparsify.sweeps.jobs import Job, Script, finished_runs
 from sparsify.sweeps.processes import add_processes_option, do_jobs
 from sparsify.sweeps.sweep import load_sweep

@@ -1,0 +1,147 @@
+"""The command line of a config: a YAML file, and an option for each of its fields.
+
+`load_config` serves all scripts: `CONFIG.yaml --loss.sparsity.coeff 0.5 --lr 1e-3`, `--help`, and
+`--print-config`. Nothing here imports torch, so that these, and a message about a wrong setting,
+come at once.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+from pydantic import create_model
+
+from sparsify.settings.base_config import (
+    AnyConfig,
+    BaseConfig,
+    UserError,
+    dump_yaml,
+    nearest,
+    read_yaml,
+    validate_config,
+)
+from sparsify.settings.kinds_help import explain_kinds
+from sparsify.settings.secrets import redact_secrets
+
+
+def load_config(
+    config_class: type[AnyConfig],
+    argv: Sequence[str],
+    description: str,
+    flags: Mapping[str, str] = MappingProxyType({}),
+) -> AnyConfig:
+    """The config of a script from its command line.
+
+    Args:
+        config_class: What the script needs to know.
+        argv: Arguments without the program's name: a YAML file and overrides of its fields.
+        description: First line of `--help`.
+        flags: Further options that `argv` may hold, which take no value, and what `--help` says of
+            them. They are not of the config: what they do is up to the caller.
+
+    Raises:
+        UserError: The file or an override is not valid.
+        SystemExit: `--help` or `--print-config` has been answered.
+    """
+    parser = _Parser(description=description, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("config", metavar="CONFIG.yaml", type=Path, help="settings of the run")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the complete config and exit"
+    )
+    for flag, text in flags.items():
+        parser.add_argument(flag, action="store_true", help=text)
+    overrides = _add_field_options(parser, config_class)
+    namespace, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        options = [option for option in parser.option_names() if option.startswith("--")]
+        raise UserError(f"unknown option {nearest(unknown[0].split('=')[0], options)}")
+    content = _merge(read_yaml(namespace.config), overrides(namespace))
+    config = validate_config(config_class, content, str(namespace.config))
+    if secret := ", ".join(_settings_with_secrets(config.model_dump(mode="json"))):
+        raise UserError(
+            f"{secret}: holds an access token, which would be saved with the run; remove it, and "
+            "set WANDB_API_KEY or HF_TOKEN in .env instead"
+        )
+    if namespace.print_config:
+        print(dump_yaml(config), end="")
+        raise SystemExit(0)
+    return config
+
+
+def _settings_with_secrets(value: Any, name: str = "") -> Iterator[str]:  # what YAML can hold
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _settings_with_secrets(part, f"{name}.{key}".strip("."))
+    elif redact_secrets(str(value)) != str(value):
+        yield name
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with errors raised as `UserError`, and options only by their full name."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+    def option_names(self) -> list[str]:
+        return list(self._option_string_actions)
+
+
+def _add_field_options(
+    parser: argparse.ArgumentParser, config_class: type[BaseConfig]
+) -> Callable[[argparse.Namespace], dict[str, Any]]:
+    """Add an option for every field; returns what reads the options that were given."""
+    from pydantic_settings import (
+        BaseSettings,
+        CliSettingsSource,
+        SettingsConfigDict,
+        SettingsError,
+    )
+
+    class Settings(BaseSettings):
+        model_config = SettingsConfigDict(extra="forbid", cli_parse_none_str="null")
+
+    # Of two bases, create_model declares the first, and pydantic-settings wants the second.
+    settings_class: Any = create_model("Settings", __base__=(config_class, Settings))
+    source = CliSettingsSource(
+        settings_class,
+        root_parser=parser,
+        cli_exit_on_error=False,
+        cli_parse_none_str="null",
+        cli_hide_none_type=False,
+        cli_avoid_json=True,
+    )
+
+    explain_kinds(parser, config_class)
+
+    def read(namespace: argparse.Namespace) -> dict[str, Any]:
+        try:
+            return _with_null_lists(source(parsed_args=namespace)())
+        except SettingsError as error:
+            raise UserError(f"an option has no value of its kind ({error}); see --help") from None
+
+    return read
+
+
+def _with_null_lists(overrides: dict[str, Any]) -> dict[str, Any]:
+    # pydantic-settings reads null as the only element of a list, where the field may be a list.
+    return {
+        key: _with_null_lists(value)
+        if isinstance(value, dict)
+        else (None if value == [None] else value)
+        for key, value in overrides.items()
+    }
+
+
+def _merge(base: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in overrides.items():
+        old = merged.get(key)
+        merged[key] = (
+            _merge(old, value) if isinstance(value, Mapping) and isinstance(old, dict) else value
+        )
+    return merged
