@@ -21,7 +21,7 @@ from sparsify.settings.strict_yaml import parse_yaml
 
 
 class UserError(ValueError):
-    """Bad input from a person: a setting, a file, a name. The message says how to mend it.
+    """Bad input from a person: a setting, a file, a name. The message says how to fix it.
 
     Scripts print the message alone and exit with code 2.
     """
@@ -122,7 +122,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: is not valid YAML; mend this: {error}") from None
+        raise UserError(f"{path}: is not valid YAML; fix this: {error}") from None
     if not isinstance(content, dict):
         kind = "nothing" if content is None else type(content).__name__
         raise UserError(f"{path}: holds {kind}, not 'key: value' lines")

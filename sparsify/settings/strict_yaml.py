@@ -1,20 +1,22 @@
-"""Reads YAML, and refuses what PyYAML's safe loader would take or stumble over."""
+"""YAML that means what it says: what PyYAML's safe loader takes or stumbles over is refused."""
 
 from typing import Any, TextIO
 
 import yaml
-from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
 from sparsify.settings.secrets import redact_secrets
 
 MAX_CHARACTERS = 100_000
-MAX_NODES = 100_000
-"""Aliases count as what they stand for: ten lines of ten aliases each could mean 10**10 values."""
+
+_REFERENCE = (
+    "anchors (&), aliases (*) and merge keys (<<) are not supported; write the values out, or put "
+    "text that begins so in quotes"
+)
 
 
 def parse_yaml(file: TextIO) -> Any:  # what YAML can hold
-    """The content of a YAML file, in plain data.
+    """Return the content of a YAML file, in plain data.
 
     Raises:
         yaml.YAMLError: The file is not valid YAML, or not what a person would write.
@@ -43,29 +45,13 @@ class _StrictLoader(yaml.SafeLoader):
     """PyYAML's safe loader, which refuses what it would take.
 
     By itself it keeps the last of equal keys and drops the others, reads characters that no name
-    and no path can have, and follows aliases without a limit.
+    and no path can have, and follows aliases, so that a few lines can mean billions of values.
     """
 
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self._n_nodes = 0
-        self._sizes: dict[str, int] = {}  # nodes below each anchor
+    def fetch_anchor(self) -> None:
+        raise ConstructorError(None, None, _REFERENCE, self.get_mark())
 
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event, before = self.peek_event(), self._n_nodes
-        self._n_nodes += 1
-        if isinstance(event, yaml.AliasEvent):
-            if event.anchor in self.anchors and event.anchor not in self._sizes:
-                raise ComposerError(
-                    None, None, f"'{event.anchor}' is a part of itself", event.start_mark
-                )
-            self._n_nodes += self._sizes.get(event.anchor, 1) - 1
-        if self._n_nodes > MAX_NODES:
-            raise ComposerError(None, None, f"more than {MAX_NODES:,} values", event.start_mark)
-        node = super().compose_node(parent, index)
-        if not isinstance(event, yaml.AliasEvent) and event.anchor is not None:
-            self._sizes[event.anchor] = self._n_nodes - before
-        return node
+    fetch_alias = fetch_anchor
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         value = super().construct_scalar(node)
@@ -80,6 +66,8 @@ class _StrictLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 continue
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                raise ConstructorError(None, None, _REFERENCE, key_node.start_mark)
             if key_node.value in seen:
                 raise ConstructorError(
                     None, None, f"the key '{key_node.value}' is given twice", key_node.start_mark

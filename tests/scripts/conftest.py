@@ -11,8 +11,19 @@ from safetensors.torch import load_file
 TEXT = "def double(number):\n    return 2 * number\n\n\nclass Node:\n    pass\n\n\n"
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes out what is used twice, where PyYAML would write an alias."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def to_yaml(content: dict[str, Any]) -> str:
+    return yaml.dump(content, Dumper=_Dumper)
+
+
 def write_yaml(path: Path, content: dict[str, Any]) -> Path:
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(to_yaml(content))
     return path
 
 

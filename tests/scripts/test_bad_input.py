@@ -11,7 +11,6 @@ import bad_kinds
 import bad_runs
 import bad_settings
 import pytest
-import yaml
 from bad_settings import REMOVED, MakeText
 from make_bad_files import make_bad_files
 
@@ -22,7 +21,7 @@ from sparsify.scripts.train_tlens_saes import run_train_tlens_saes
 from sparsify.settings.base_config import UserError
 from sparsify.tlens.loading import load_hooked_model
 
-from .conftest import write_yaml
+from .conftest import to_yaml, write_yaml
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def test_bad_input_is_one_message_and_leaves_nothing(
     else:
         is_lm = case.does == "train a language model"
         valid = {"save_dir": "out", **(lm_config if is_lm else sae_settings)}
-        text = yaml.safe_dump(with_changes(valid, case.settings))
+        text = to_yaml(with_changes(valid, case.settings))
         text = text if case.make_text is None else case.make_text(text)
         content = text.encode() if isinstance(text, str) else text
         Path("config.yaml").write_bytes(content.replace(b"FILES", str(files).encode()))
