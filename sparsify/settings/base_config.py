@@ -12,6 +12,8 @@ from pydantic import (
     Field,
     ModelWrapValidatorHandler,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -30,66 +32,68 @@ class UserError(ValueError):
 class BaseConfig(BaseModel):
     """A frozen config. An unknown key is an error that names the nearest known one.
 
-    True and false are no numbers, though pydantic and Python take them for 1 and 0.
+    True and false are not numbers, though pydantic and Python take them for 1 and 0.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:  # what YAML can hold
+        field = cls.model_fields[str(info.field_name)]
+        if isinstance(value, bool) and _takes_numbers(field.annotation):
+            raise ValueError("Input should be a number")
+        return value
+
     @model_validator(mode="wrap")
     @classmethod
-    def _keys_are_known_and_numbers_are_numbers(
+    def _unknown_keys_are_explained(
         cls, data: Any, handler: ModelWrapValidatorHandler[Self]
     ) -> Self:
-        # A validator may be handed anything; what is not a mapping is refused by pydantic.
-        if not isinstance(data, Mapping):
-            return handler(data)
-        known = {key: value for key, value in data.items() if key in cls.model_fields}
-        problems = [
-            _problem("unknown_key", cls.unknown_key_message(str(key)), (), data)
-            for key in data
-            if key not in known
-        ]
-        problems += [
-            _problem("bool_for_number", "Input should be a number", (key,), value)
-            for key, value in known.items()
-            if isinstance(value, bool) and _takes_numbers(cls.model_fields[key].annotation)
-        ]
-        if not problems:
-            return handler(data)
         try:
-            handler(known)
+            return handler(data)
         except ValidationError as error:
-            problems += [
-                _problem(found["type"], found["msg"], found["loc"], found["input"])
-                for found in error.errors()
-            ]
-        raise ValidationError.from_exception_data(cls.__name__, problems)
+            problems = error.errors()
+        # Configs within this one have explained their own unknown keys.
+        unknown = [
+            _problem("unknown_key", cls.unknown_key_message(str(problem["loc"][-1])), (), data)
+            for problem in problems
+            if problem["type"] in _UNKNOWN_KEY
+        ]
+        others = [
+            _problem(problem["type"], problem["msg"], problem["loc"], problem["input"])
+            for problem in problems
+            if problem["type"] not in _UNKNOWN_KEY
+        ]
+        raise ValidationError.from_exception_data(cls.__name__, unknown + others)
 
     @classmethod
     def unknown_key_message(cls, key: str) -> str:
-        """What is said of a key that is no field."""
+        """Message about a key that is not a field."""
         return f"unknown key {nearest(key, cls.model_fields)}"
 
 
 Name = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(gt=0, lt=2**63)]
-"""A number of things, as torch and Python's iterators can count them."""
+"""Number of things, as torch and Python's iterators can count them."""
 PositiveFinite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-"""What every random generator takes."""
+"""Seed that every random generator takes."""
 
 
 def listed(value: object) -> object:
-    """One name or path, as the original's configs may give it, as a list of one."""
+    """Return a list of one for one name or path, as the original's configs may give it."""
     return [value] if isinstance(value, str | Path) else value
 
 
 AnyConfig = TypeVar("AnyConfig", bound=BaseConfig)
 
 TAG_MARK = "="
-"""Begins the tags of the members of a union, which are no part of a setting's name."""
+"""Beginning of the tags of a union's members, which are not a part of a setting's name."""
 
 _MAX_SHOWN = 300
+
+_UNKNOWN_KEY = ("extra_forbidden", "invalid_key")  # that is text, and that is not
 
 
 def _takes_numbers(annotation: Any) -> bool:  # whatever stands behind a field's colon
@@ -111,7 +115,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """Return the mapping in a YAML file.
 
     Raises:
         UserError: There is no such file, or it is not a YAML mapping.
@@ -130,12 +134,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def dump_yaml(config: BaseConfig) -> str:
-    """The config as YAML that `read_yaml` and validation turn back into an equal config."""
+    """Return YAML that `read_yaml` and validation turn back into an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def validate_config(config_class: type[AnyConfig], content: object, source: str) -> AnyConfig:
-    """A config from plain data; `source` names where it came from.
+    """Return a config made from plain data; `source` names where they came from.
 
     Raises:
         UserError: The data do not fit. The message has one line per problem.

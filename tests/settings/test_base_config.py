@@ -2,9 +2,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sparsify.runs.config import SAETransformerConfig
 from sparsify.settings.base_config import (
     UserError,
     nearest,
@@ -60,6 +62,16 @@ def test_config_is_frozen(path: Path):
             ],
         ),
         (
+            YAML.replace("1e-3", "true").replace("0.5", "false, p_nrm: 1") + "lrr: 1\n1: 1\n",
+            [
+                "  unknown key 'lrr'; did you mean 'lr'?",
+                "  unknown key '1'",
+                "  lr: Input should be a number (given: True)",
+                "  loss.sparsity: unknown key 'p_nrm'; did you mean 'p_norm'?",
+                "  loss.sparsity.coeff: Input should be a number (given: False)",
+            ],
+        ),
+        (
             "lr: 1\nloss:\nsaes: {sae_positions: []}\n",
             ["  loss: Input should be a valid dictionary or instance of Terms (given: None)"],
         ),
@@ -70,6 +82,36 @@ def test_problems_of_a_config_are_told_in_one_message(path: Path, text: str, pro
     with pytest.raises(UserError) as error:
         read(path)
     assert str(error.value).splitlines() == [f"{path} is not a valid config:", *problems]
+
+
+@pytest.mark.parametrize(
+    ("saes", "problems"),
+    [
+        (
+            {"kind": "topk", "k": True, "bandwidth": 1, "multik": 4},
+            [
+                "  saes: 'bandwidth' belongs to kind jumprelu, not to 'topk'; remove it, or set "
+                "kind",
+                "  saes: unknown key 'multik'; did you mean 'multi_k'?",
+                "  saes.k: Input should be a number (given: True)",
+            ],
+        ),
+        (
+            {"k": 2},
+            [
+                "  saes: 'k' belongs to kind topk, batch_topk, matryoshka, codebook, transcoder, "
+                "not to 'relu'; remove it, or set kind",
+            ],
+        ),
+    ],
+)
+def test_unknown_keys_of_a_union_are_explained_by_its_kind(
+    saes: dict[str, Any], problems: list[str]
+):
+    content = {"saes": {"sae_positions": "x", "dict_size_to_input_ratio": 2.0, **saes}}
+    with pytest.raises(UserError) as error:
+        validate_config(SAETransformerConfig, {"tlens_model_name": "x", **content}, "here")
+    assert str(error.value).splitlines() == ["here is not a valid config:", *problems]
 
 
 def test_braces_in_a_message_are_text():
