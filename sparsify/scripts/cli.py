@@ -67,9 +67,15 @@ def run_script(
     """
 
     def work() -> int:
-        arguments = _with_newest_run(sys.argv[1:] if argv is None else argv)
+        arguments = sys.argv[1:] if argv is None else argv
         flags = {DRY_RUN: "check everything short of training, say what to change, and exit"}
-        config = load_config(config_class, arguments, description, flags if preflight else {})
+        config = load_config(
+            config_class,
+            arguments,
+            description,
+            flags if preflight else {},
+            {"resume": NEWEST_RUN},
+        )
         if preflight is not None and DRY_RUN in arguments:
             return 0 if preflight(config) else EXIT_BAD_INPUT
         main(config)
@@ -135,16 +141,6 @@ def exit_code_of(work: Callable[[], int]) -> int:
     except KeyboardInterrupt as interrupt:
         print("; ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return EXIT_INTERRUPTED
-
-
-def _with_newest_run(argv: Sequence[str]) -> list[str]:
-    """The arguments, with `--resume` given its value where it stands alone."""
-    arguments = list(argv)
-    for index, argument in reversed(list(enumerate(arguments))):
-        following = arguments[index + 1] if index + 1 < len(arguments) else "--"
-        if argument == "--resume" and following.startswith("--"):
-            arguments.insert(index + 1, NEWEST_RUN)
-    return arguments
 
 
 def let_threads_sleep() -> None:

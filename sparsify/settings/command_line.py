@@ -6,6 +6,7 @@ come at once.
 """
 
 import argparse
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -31,8 +32,9 @@ def load_config(
     argv: Sequence[str],
     description: str,
     flags: Mapping[str, str] = MappingProxyType({}),
+    alone: Mapping[str, str] = MappingProxyType({}),
 ) -> AnyConfig:
-    """The config of a script from its command line.
+    """Return the config of a script from its command line.
 
     Args:
         config_class: What the script needs to know.
@@ -40,19 +42,28 @@ def load_config(
         description: First line of `--help`.
         flags: Further options that `argv` may hold, which take no value, and what `--help` says of
             them. They are not of the config: what they do is up to the caller.
+        alone: By field, the value of its option where that stands alone.
 
     Raises:
         UserError: The file or an override is not valid.
         SystemExit: `--help` or `--print-config` has been answered.
     """
-    parser = _Parser(description=description, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("config", metavar="CONFIG.yaml", type=Path, help="settings of the run")
+    parser = _Parser(
+        description=description,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument(
+        "config",
+        metavar="CONFIG.yaml",
+        type=Path,
+        help="settings of the run; it comes before the options",
+    )
     parser.add_argument(
         "--print-config", action="store_true", help="print the complete config and exit"
     )
     for flag, text in flags.items():
         parser.add_argument(flag, action="store_true", help=text)
-    overrides = _add_field_options(parser, config_class)
+    overrides = _add_field_options(parser, config_class, alone)
     namespace, unknown = parser.parse_known_args(list(argv))
     if unknown:
         options = [option for option in parser.option_names() if option.startswith("--")]
@@ -92,7 +103,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _add_field_options(
-    parser: argparse.ArgumentParser, config_class: type[BaseConfig]
+    parser: argparse.ArgumentParser, config_class: type[BaseConfig], alone: Mapping[str, str]
 ) -> Callable[[argparse.Namespace], dict[str, Any]]:
     """Add an option for every field; returns what reads the options that were given."""
     from pydantic_settings import (
@@ -105,11 +116,25 @@ def _add_field_options(
     class Settings(BaseSettings):
         model_config = SettingsConfigDict(extra="forbid", cli_parse_none_str="null")
 
+    def add_option(
+        group: argparse._ActionsContainer,
+        option: str,
+        **kwargs: Any,  # of argparse
+    ) -> argparse.Action:
+        if kwargs.get("action") == "append":  # a list
+            example = f"{kwargs.get('help', '')}\nSeveral: {option} A B".lstrip()
+            of_one = re.sub(r"list\[(.*?)\]", r"\1", kwargs["metavar"])
+            kwargs |= {"action": "extend", "nargs": "+", "metavar": of_one, "help": example}
+        elif (value := alone.get(option.removeprefix("--"))) is not None:
+            kwargs |= {"nargs": "?", "const": value}
+        return group.add_argument(option, **kwargs)
+
     # Of two bases, create_model declares the first, and pydantic-settings wants the second.
     settings_class: Any = create_model("Settings", __base__=(config_class, Settings))
     source = CliSettingsSource(
         settings_class,
         root_parser=parser,
+        add_argument_method=add_option,
         cli_exit_on_error=False,
         cli_parse_none_str="null",
         cli_hide_none_type=False,

@@ -55,7 +55,7 @@ def test_help_says_which_kinds_a_setting_belongs_to(capsys: pytest.CaptureFixtur
     said = " ".join(capsys.readouterr().out.split())
     assert f"--saes.kind {{{','.join(PLACED)}}} One of these kinds. (default: relu)" in said
     assert "--saes.bandwidth float Kind jumprelu: Width of the window" in said
-    assert "--saes.sae_positions list[str] Hook points" in said
+    assert "--saes.sae_positions str [str ...] Hook points" in said
 
 
 def test_a_kind_and_its_settings_can_be_chosen_on_the_command_line(tmp_path: Path):

@@ -102,6 +102,17 @@ def test_a_script_without_checks_has_no_dry_run(path: Path, capsys: pytest.Captu
     assert "unknown option '--dry-run'" in capsys.readouterr().err
 
 
+def test_resume_may_stand_alone(path: Path):
+    class Resumable(Settings):
+        resume: Path | None = None
+
+    seen: list[Resumable] = []
+    for argv in (["--resume"], ["--resume", "--lr", "2"], ["--resume", "x"], ["--resume=x"], []):
+        assert run_script(Resumable, seen.append, "Does a thing.", [str(path), *argv]) == 0
+    newest, run = Path("newest"), Path("x")
+    assert [config.resume for config in seen] == [newest, newest, run, run, None]
+
+
 def test_dotenv_of_the_working_folder_does_not_override_the_environment(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ):

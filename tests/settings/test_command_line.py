@@ -43,8 +43,14 @@ def value_at(config: object, dotted: str) -> Any:  # any field's
         (["--loss.logits_kl.coeff", "2"], "loss.logits_kl", Term(coeff=2.0)),
         (["--loss.sparsity", "null"], "loss.sparsity", None),
         (["--saes.sae_positions", "x"], "saes.sae_positions", ["x"]),
+        (["--saes.sae_positions", "x", "y"], "saes.sae_positions", ["x", "y"]),
+        (["--saes.sae_positions", "x", "y", "--lr", "1"], "saes.sae_positions", ["x", "y"]),
+        (["--saes.sae_positions", "x,y", "z"], "saes.sae_positions", ["x", "y", "z"]),
+        (["--saes.sae_positions=x", "--saes.sae_positions=y"], "saes.sae_positions", ["x", "y"]),
+        (["--saes.sae_positions=x"], "saes.sae_positions", ["x"]),
         (["--saes.sae_positions", "x,y"], "saes.sae_positions", ["x", "y"]),
         (["--saes.sae_positions", '["x", "y"]'], "saes.sae_positions", ["x", "y"]),
+        (["--saes.paths", "x", "y"], "saes.paths", [Path("x"), Path("y")]),
         (["--saes.paths", "x,y"], "saes.paths", [Path("x"), Path("y")]),
     ],
 )
@@ -56,6 +62,21 @@ def test_null_empties_a_field_that_may_be_a_list(path: Path):
     path.write_text(YAML + "  paths: [x]\n")
     assert load(path).saes.paths == [Path("x")]
     assert load(path, "--saes.paths", "null").saes.paths is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        (["--name"], "alone"),
+        (["--name", "--lr", "2"], "alone"),
+        (["--name", "x"], "x"),
+        (["--name=null"], None),
+        ([], None),
+    ],
+)
+def test_an_option_may_stand_alone(path: Path, argv: list[str], name: str | None):
+    config = load_config(Settings, [str(path), *argv], "Does a thing.", alone={"name": "alone"})
+    assert config.name == name
 
 
 def test_printed_config_reads_back_equal(path: Path, capsys: pytest.CaptureFixture[str]):
@@ -84,6 +105,7 @@ def test_help_names_every_field(capsys: pytest.CaptureFixture[str]):
     }
     expected |= {f"saes.{field}" for field in Places.model_fields}
     assert {f"--{name}" for name in expected} <= options
+    assert "Several: --saes.sae_positions A B" in shown
 
 
 @pytest.mark.parametrize(
