@@ -1,21 +1,25 @@
-"""What the command-line scripts share: reading the config, exit codes, and the `sparsify` command.
+"""Parts that all scripts share: reading the config, exit codes, and the `sparsify` command.
 
 Nothing heavy is imported before a config is known to be valid.
 """
 
+import argparse
 import errno
 import importlib
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dotenv import find_dotenv, load_dotenv
 
+import sparsify
 from sparsify.runs.config import SAERunConfig
 from sparsify.runs.run_folder import CONFIG_FILE
-from sparsify.settings.base_config import AnyConfig, UserError, read_yaml, validate_config
+from sparsify.settings.base_config import AnyConfig, UserError, nearest, read_yaml, validate_config
 from sparsify.settings.command_line import load_config
 from sparsify.settings.secrets import redact_secrets
 from sparsify.sweeps.jobs import Script
@@ -54,7 +58,7 @@ def run_script(
     """Run `main`, or with `--dry-run` `preflight`, with the config that the command line gives.
 
     Args:
-        config_class: What `main` takes.
+        config_class: Class of what `main` takes.
         main: The work. It imports what is heavy itself.
         description: First line of `--help`.
         argv: Arguments without the program's name. None: those of the process.
@@ -113,7 +117,7 @@ def train_script(
 
 
 def exit_code_of(work: Callable[[], int]) -> int:
-    """The exit code of a script's work, whose failures that a person can mend become messages.
+    """Return the exit code of a script's work; failures that a person can fix become messages.
 
     Those are bad input, a disk that cannot be written, and too little memory: 2. Interrupted: 130.
     """
@@ -153,7 +157,7 @@ def let_threads_sleep() -> None:
 
 
 def training_scripts() -> dict[str, Script]:
-    """The scripts that train, by their command."""
+    """Return the scripts that train, by their command."""
     modules = {command: importlib.import_module(COMMANDS[command]) for command in TRAINING}
     return {
         command: Script(Path(str(module.__file__)), module.Config)
@@ -180,12 +184,38 @@ def run_command(command: str, argv: Sequence[str]) -> int:
 
 
 def main() -> int:
-    """The `sparsify` command: `sparsify COMMAND`, and the arguments of that script."""
+    """Run `sparsify COMMAND` with the arguments of that script; returns the exit code."""
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if command in ("-h", "--help"):
-        print(f"usage: sparsify {{{','.join(COMMANDS)}}} ...   (with --help: what it takes)")
-        return 0
-    if command not in COMMANDS:
-        print(f"error: no command '{command}'; there are {', '.join(COMMANDS)}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    return run_command(command, sys.argv[2:])
+    if command in COMMANDS:
+        return run_command(command, sys.argv[2:])
+    if command.startswith("-"):
+        command_parser().parse_args([command])
+    # A beginning says more than likeness, by which `train` would mean train-lm alone.
+    begun = " or ".join(f"'{name}'" for name in COMMANDS if name.startswith(command))
+    guess = f"'{command}'; did you mean {begun}?" if begun else nearest(command, COMMANDS)
+    print(f"error: there is no command {guess} (see sparsify --help)", file=sys.stderr)
+    return EXIT_BAD_INPUT
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """Return the parser of `sparsify --help`, with each script's first line, and `--version`."""
+    first_lines = {
+        command: str(importlib.import_module(module).__doc__).splitlines()[0]
+        for command, module in COMMANDS.items()
+    }
+    commands = [
+        textwrap.fill(f"  {command:<12}{line}", subsequent_indent=14 * " ", width=80)
+        for command, line in first_lines.items()
+    ]
+    parser = argparse.ArgumentParser(
+        prog="sparsify",
+        usage="sparsify COMMAND ...",
+        description=sparsify.__doc__,
+        epilog="\n".join(["commands, each with a --help of its own:", *commands]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"sparsify {version('sparsify-e2e')}"
+    )
+    return parser

@@ -7,6 +7,7 @@ come at once.
 
 import argparse
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -49,6 +50,7 @@ def load_config(
         SystemExit: `--help` or `--print-config` has been answered.
     """
     parser = _Parser(
+        prog=program_name(),
         description=description,
         formatter_class=argparse.RawTextHelpFormatter,
     )
@@ -79,6 +81,12 @@ def load_config(
         print(dump_yaml(config), end="")
         raise SystemExit(0)
     return config
+
+
+def program_name() -> str:
+    """Return what was typed to start the program, for `usage:`; with the command of `sparsify`."""
+    name = Path(sys.argv[0]).name
+    return " ".join([name, *sys.argv[1:2]]) if Path(name).stem == "sparsify" else name
 
 
 def _settings_with_secrets(value: Any, name: str = "") -> Iterator[str]:  # what YAML can hold

@@ -1,5 +1,9 @@
+import importlib
 import os
+import subprocess
 import sys
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -134,38 +138,81 @@ def test_dotenv_of_the_working_folder_does_not_override_the_environment(
 # The `sparsify` command
 
 
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Types the command; returns the exit code that the shell sees."""
+
+    def call(*argv: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["/usr/bin/sparsify", *argv])
+        with pytest.raises(SystemExit) as stopped:
+            sys.exit(cli.main())
+        return int(stopped.value.code or 0)
+
+    return call
+
+
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
-def test_command_help_lists_the_commands(
-    argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_command_help_describes_the_commands(
+    argv: list[str], call: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(sys, "argv", ["sparsify", *argv])
-    assert cli.main() == 0
-    out = capsys.readouterr().out
-    assert all(command in out for command in cli.COMMANDS)
+    assert call(*argv) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.startswith("usage: sparsify COMMAND")
+    for command, module in cli.COMMANDS.items():
+        assert f"{command} {str(importlib.import_module(module).__doc__).splitlines()[0]}" in shown
 
 
+def test_command_help_does_not_wait_for_torch():
+    code = (
+        "import sys; from sparsify.scripts.cli import command_parser; command_parser();"
+        " print(*{'torch', 'transformers', 'datasets', 'wandb', 'matplotlib'} & {*sys.modules})"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == []
+
+
+def test_command_has_a_version(call: Callable[..., int], capsys: pytest.CaptureFixture[str]):
+    assert call("--version") == 0
+    assert capsys.readouterr().out == f"sparsify {version('sparsify-e2e')}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "guess"),
+    [
+        ("train", "'train'; did you mean 'train-saes' or 'train-lm'?"),
+        ("eval", "'eval'; did you mean 'evaluate'?"),
+        ("trian-saes", "'trian-saes'; did you mean 'train-saes'?"),
+        ("xyz", "'xyz'"),
+    ],
+)
 def test_unknown_command_is_rejected(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str, guess: str, call: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(sys, "argv", ["sparsify", "train-sae"])
-    assert cli.main() == 2
+    assert call(command) == 2
     err = capsys.readouterr().err
-    assert err.startswith("error: no command 'train-sae'")
-    assert "train-saes" in err
+    assert err == f"error: there is no command {guess} (see sparsify --help)\n"
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_usage_names_the_command(
+    command: str, call: Callable[..., int], capsys: pytest.CaptureFixture[str]
+):
+    assert call(command, "--help") == 0
+    assert capsys.readouterr().out.startswith(f"usage: sparsify {command} ")
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_command_passes_its_arguments_to_the_script(
     command: str,
+    call: Callable[..., int],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["sparsify", command, "--no-such-option", "missing.yaml"])
-    with pytest.raises(SystemExit) as stopped:  # as the shell sees it
-        sys.exit(cli.main())
-    assert stopped.value.code == 2
+    assert call(command, "--no-such-option", "missing.yaml") == 2
     assert "--no-such-option" in capsys.readouterr().err
 
 

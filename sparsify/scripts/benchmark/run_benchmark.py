@@ -16,6 +16,7 @@ from typing import Any
 
 from sparsify.scripts.benchmark.shapes import MODES, SHAPES, TECHNIQUES
 from sparsify.scripts.cli import let_threads_sleep
+from sparsify.settings.command_line import program_name
 
 Row = dict[str, Any]
 """Strings and numbers by name."""
@@ -40,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command line."""
-    parser = argparse.ArgumentParser(description="Time training steps.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog=program_name(), description="Time training steps.", allow_abbrev=False
+    )
     parser.add_argument("--shape", choices=SHAPES, help="sizes of the step; all if not given")
     parser.add_argument("--mode", choices=MODES, help="mix of loss terms; all if not given")
     parser.add_argument("--n-steps", type=int, default=9, help="timed steps of either kind (9)")

@@ -15,6 +15,7 @@ from pathlib import Path
 from sparsify.scripts.cli import exit_code_of
 from sparsify.scripts.evaluate.saved_runs import find_runs
 from sparsify.settings.base_config import UserError
+from sparsify.settings.command_line import program_name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(
+        prog=program_name(),
         description="Evaluate trained SAEs on the held-out text of their runs. The result is "
         "printed, and written into the run's folder: evaluation.json, or for a checkpoint "
         "evaluation_{N}.json.",

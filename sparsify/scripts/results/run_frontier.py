@@ -16,13 +16,16 @@ from sparsify.runs.run_folder import CONFIG_FILE, RESULT_FILE
 from sparsify.scripts.cli import exit_code_of, training_scripts
 from sparsify.scripts.results.frontier import write_frontier
 from sparsify.settings.base_config import UserError
+from sparsify.settings.command_line import program_name
 from sparsify.sweeps.jobs import finished_runs
 from sparsify.sweeps.sweep import load_sweep
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with `argv`, None for the process's arguments; returns the exit code."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog=program_name(), description=str(__doc__).splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument(
         "paths",
         nargs="+",

@@ -13,13 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparsify.scripts.cli import exit_code_of, training_scripts
+from sparsify.settings.command_line import program_name
 from sparsify.sweeps.processes import add_processes_option, do_jobs
 from sparsify.sweeps.sweep import load_sweep
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with `argv`, None for the process's arguments; returns the exit code."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog=program_name(), description=str(__doc__).splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument("sweeps", nargs="+", type=Path, metavar="SWEEP.yaml")
     add_processes_option(parser)
     options = parser.parse_args(argv)
