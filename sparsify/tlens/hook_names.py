@@ -1,4 +1,4 @@
-"""Names of hook points: which a pattern means, and which blocks they need.
+"""Names of hook points: the ones that a pattern means, and the blocks that they need.
 
 `known` is always the names of all hook points of a model, with their aliases: its `hook_dict`.
 """
@@ -25,7 +25,7 @@ def _each_once(names: list[str]) -> list[str]:
 
 
 HookNames = Annotated[list[str], BeforeValidator(listed), AfterValidator(_each_once)]
-"""What a setting takes: at least one name, each once; a single one may stand without a list."""
+"""Names that a setting takes: at least one, each once; a single one may stand without a list."""
 
 
 def check_hook_names(names: Iterable[str], known: Collection[str], setting: str) -> None:
@@ -36,7 +36,7 @@ def check_hook_names(names: Iterable[str], known: Collection[str], setting: str)
 
 
 def matching_hook_names(patterns: Iterable[str], known: Collection[str], setting: str) -> list[str]:
-    """The hook points that each pattern means: a full name, or a run of dotted parts.
+    """Return the hook points that the patterns mean: full names, or runs of their dotted parts.
 
     `hook_resid_pre` is that hook of every block, `blocks.1` never means block 10.
 
@@ -66,7 +66,7 @@ def matching_hook_names(patterns: Iterable[str], known: Collection[str], setting
 def first_block(name: str) -> int:
     """Number of blocks that have run when the activation at hook point `name` is made."""
     if (match := re.match(r"blocks\.(\d+)\.(.+)", name)) is None:
-        return 0  # the embedding: what lies behind the blocks is refused by `probe`
+        return 0  # the embedding: what comes after the blocks is refused by `probe`
     return int(match[1]) + (match[2] in BLOCK_END)
 
 

@@ -1,8 +1,10 @@
-"""Loads hooked models: the bundled one, a folder that `train_tlens` made, or a name of the field.
+"""Loading of hooked models: the bundled one, a folder of `train_tlens`, or a name of the field.
 
-Together with `hooked_model.py` and `native_model.py` all that knows TransformerLens versions.
+Only this module, `hooked_model.py` and `native_model.py` know TransformerLens versions.
 """
 
+import textwrap
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +27,9 @@ from sparsify.tlens.tokenizers import load_tokenizer
 
 BUNDLED_MODELS = {"tiny-python": Path(__file__).parent.parent / "assets" / "tiny_python"}
 
+_MAX_REASON = 300
+"""Characters of a library's error that a message shows."""
+
 Processing = Literal["folded", "raw"]
 
 
@@ -36,7 +41,7 @@ def load_hooked_model(
     *,
     trust_remote_code: bool = False,
 ) -> TLensModel:
-    """A `HookedTransformer` where the installed TransformerLens has it, else a `TransformerBridge`.
+    """Load a `HookedTransformer` where TransformerLens has it, else a `TransformerBridge`.
 
     Args:
         name: `tiny-python`, or a model that TransformerLens knows. None: `path` is given.
@@ -62,7 +67,7 @@ def load_hooked_model(
 
 
 def resolve_device(device: str) -> str:
-    """The device's name for torch; `auto` is a CUDA GPU if there is one.
+    """Return the device's name for torch; `auto` is a CUDA GPU if there is one.
 
     Raises:
         UserError: Torch does not see it.
@@ -95,7 +100,7 @@ def _build_hooked_transformer(
     model = HookedTransformer(cfg, tokenizer=tokenizer)
     is_folded = processing == "folded"
     model.load_and_process_state_dict(
-        # Masks and rotary tables are no weights: they are those of the new model.
+        # Masks and rotary tables are not weights: they are those of the new model.
         {
             **model.state_dict(),
             "unembed.b_U": torch.zeros(architecture.d_vocab),
@@ -116,7 +121,7 @@ def build_bridge(
     tokenizer: Tokenizer | None,
     processing: Processing,
 ) -> TLensModel:
-    """A `TransformerBridge` around TransformerLens's native model."""
+    """Build a `TransformerBridge` around TransformerLens's native model."""
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
     model = build_bridge_from_module(
@@ -151,11 +156,41 @@ def _load_by_name(name: str, processing: Processing, trust_remote_code: bool) ->
     # the model named by the person cannot be had.
     except Exception as error:
         raise UserError(
-            f"tlens_model_name: cannot load {nearest(name, BUNDLED_MODELS)} "
-            f"({one_line(error)[:300]}); "
-            f"name one of {', '.join(BUNDLED_MODELS)}, which need no network, or one that "
-            "TransformerLens knows"
+            f"tlens_model_name: cannot load {_reason(name, error)}; "
+            f"{', '.join(BUNDLED_MODELS)} needs no network"
         ) from error
+
+
+def _reason(name: str, error: Exception) -> str:
+    names = [*BUNDLED_MODELS, *models_of_tlens()]
+    said = textwrap.shorten(one_line(error), _MAX_REASON, placeholder=" ...")
+    if name.lower() in map(str.lower, names):
+        return f"'{name}' ({said})"
+    # A HookedTransformer loads only what is listed, and its error is the list. A bridge tries any
+    # name of the hub, so it knows better.
+    if TLENS_HAS_HOOKED_TRANSFORMER:
+        said = "TransformerLens has no model of this name"
+    return f"{nearest(name, names)} ({said})"
+
+
+def models_of_tlens() -> list[str]:
+    """Return the names that TransformerLens lists. None of a version that keeps its list elsewhere.
+
+    3.9 lists the models of `HookedTransformer`, and in a registry those of the hub that were tried
+    in a `TransformerBridge`; later versions may have the registry alone.
+    """
+    try:
+        from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
+
+        return [*OFFICIAL_MODEL_NAMES, *chain(*MODEL_ALIASES.values())]
+    except ImportError:
+        pass
+    try:
+        from transformer_lens.tools.model_registry.api import get_supported_models
+
+        return [model.model_id for model in get_supported_models(verified_only=True)]
+    except ImportError:
+        return []
 
 
 def _check_needs_no_code(name: str) -> None:

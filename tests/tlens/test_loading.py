@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,12 @@ from torch import Tensor
 from sparsify.settings.base_config import UserError
 from sparsify.tlens.architecture import Architecture
 from sparsify.tlens.hooked_model import TLENS_HAS_HOOKED_TRANSFORMER, HookedModel, Prefix
-from sparsify.tlens.loading import Processing, build_bridge, load_hooked_model
+from sparsify.tlens.loading import (
+    Processing,
+    build_bridge,
+    load_hooked_model,
+    models_of_tlens,
+)
 from sparsify.tlens.native_model import TrainableModel, load_native_model, save_language_model
 from sparsify.tlens.tokenizers import load_tokenizer, train_tokenizer
 
@@ -95,6 +101,23 @@ def test_folder_without_a_tokenizer_is_rejected(tmp_path: Path):
 def test_unknown_name_is_rejected(processing: Processing):
     with pytest.raises(UserError, match=r"^tlens_model_name: cannot load 'no-such-model'"):
         load_hooked_model("no-such-model", None, processing)
+
+
+@pytest.mark.skipif(not TLENS_HAS_HOOKED_TRANSFORMER, reason="a bridge asks the hub")
+def test_misspelt_name_gets_the_nearest():
+    with pytest.raises(UserError) as error:
+        load_hooked_model("gpt2-smal", None, "folded")
+    assert str(error.value) == (
+        "tlens_model_name: cannot load 'gpt2-smal'; did you mean 'gpt2-small'? (TransformerLens "
+        "has no model of this name); tiny-python needs no network"
+    )
+
+
+def test_registry_of_the_bridge_is_the_list_where_there_is_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setitem(sys.modules, "transformer_lens.supported_models", None)
+    assert "openai-community/gpt2" in models_of_tlens()
 
 
 def test_code_of_a_model_is_executed_only_if_it_is_trusted(monkeypatch: pytest.MonkeyPatch):
