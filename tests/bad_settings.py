@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 REMOVED = object()
-"""As the value of a setting: it is left out."""
+"""Value of a setting that is left out."""
 
 HUGE = 10**30
 

@@ -9,6 +9,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -38,11 +39,11 @@ def load_config(
     """Return the config of a script from its command line.
 
     Args:
-        config_class: What the script needs to know.
+        config_class: Class of the config.
         argv: Arguments without the program's name: a YAML file and overrides of its fields.
         description: First line of `--help`.
         flags: Further options that `argv` may hold, which take no value, and what `--help` says of
-            them. They are not of the config: what they do is up to the caller.
+            them. They are not a part of the config: what they do is up to the caller.
         alone: By field, the value of its option where that stands alone.
 
     Raises:
@@ -124,25 +125,12 @@ def _add_field_options(
     class Settings(BaseSettings):
         model_config = SettingsConfigDict(extra="forbid", cli_parse_none_str="null")
 
-    def add_option(
-        group: argparse._ActionsContainer,
-        option: str,
-        **kwargs: Any,  # of argparse
-    ) -> argparse.Action:
-        if kwargs.get("action") == "append":  # a list
-            example = f"{kwargs.get('help', '')}\nSeveral: {option} A B".lstrip()
-            of_one = re.sub(r"list\[(.*?)\]", r"\1", kwargs["metavar"])
-            kwargs |= {"action": "extend", "nargs": "+", "metavar": of_one, "help": example}
-        elif (value := alone.get(option.removeprefix("--"))) is not None:
-            kwargs |= {"nargs": "?", "const": value}
-        return group.add_argument(option, **kwargs)
-
     # Of two bases, create_model declares the first, and pydantic-settings wants the second.
     settings_class: Any = create_model("Settings", __base__=(config_class, Settings))
     source = CliSettingsSource(
         settings_class,
         root_parser=parser,
-        add_argument_method=add_option,
+        add_argument_method=partial(_add_option, alone),
         cli_exit_on_error=False,
         cli_parse_none_str="null",
         cli_hide_none_type=False,
@@ -158,6 +146,21 @@ def _add_field_options(
             raise UserError(f"an option has no value of its kind ({error}); see --help") from None
 
     return read
+
+
+def _add_option(
+    alone: Mapping[str, str],
+    group: argparse._ActionsContainer,
+    option: str,
+    **kwargs: Any,  # of argparse
+) -> argparse.Action:
+    if kwargs.get("action") == "append":  # a list
+        of_one = re.sub(r"list\[(.*?)\]", r"\1", kwargs["metavar"])
+        example = f"{kwargs.get('help', '')}\nSeveral: {option} A B".lstrip()
+        kwargs |= {"action": "extend", "nargs": "+", "metavar": of_one, "help": example}
+    elif (value := alone.get(option.removeprefix("--"))) is not None:
+        kwargs |= {"nargs": "?", "const": value}
+    return group.add_argument(option, **kwargs)
 
 
 def _with_null_lists(overrides: dict[str, Any]) -> dict[str, Any]:

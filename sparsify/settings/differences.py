@@ -1,11 +1,11 @@
-"""In which settings two configs differ."""
+"""Settings in which two configs differ."""
 
 import json
 from collections.abc import Iterator
 
 
 def differing_settings(name: str, before: object, now: object) -> Iterator[str]:
-    """`name` and its values, or those of the settings below it, where they differ."""
+    """Yield `name` and its values, or those of the settings below it, where they differ."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in now:
             below = f"{name}.{key}".strip(".")

@@ -1,4 +1,4 @@
-"""What `--help` says of settings that differ between the kinds of a union."""
+"""Help for settings that differ between the kinds of a union."""
 
 import argparse
 from typing import get_args

@@ -1,4 +1,4 @@
-"""Keeps access tokens out of what is shown, logged and saved."""
+"""Removal of access tokens from what is shown, logged and saved."""
 
 import base64
 import os
@@ -15,21 +15,21 @@ _TOKEN_FORMS = re.compile(
 
 
 def redact_secrets(text: str) -> str:
-    """`text` without the tokens of the environment, nor what else looks like one."""
+    """Return `text` without the tokens of the environment and whatever else looks like one."""
     for secret in secrets_of_environment():
         text = text.replace(secret, REDACTED)
     return _TOKEN_FORMS.sub(REDACTED, text)
 
 
 def secrets_of_environment() -> list[str]:
-    """The tokens that the environment holds, also as a request's header holds them."""
+    """Return the tokens of the environment, also in the form that a request's header has."""
     tokens = [os.environ.get(name, "").strip() for name in SECRET_VARIABLES]
-    # A shorter one is no token, and to cut it out might leave nothing to read.
+    # A shorter one is not a token, and to cut it out might leave nothing to read.
     tokens = [token for token in tokens if len(token) >= 8]
     headers = [base64.b64encode(f"api:{token}".encode()).decode() for token in tokens]
     return tokens + headers
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line and without secrets; its kind if it says nothing."""
+    """Return an error's message in one line, without secrets; its class if it has no message."""
     return redact_secrets(" ".join(str(error).split())) or type(error).__name__

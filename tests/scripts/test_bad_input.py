@@ -1,4 +1,4 @@
-"""What is wrong in a config or a file is told in one message, and nothing is left behind."""
+"""Whatever is wrong in a config or a file gives one message, and leaves nothing behind."""
 
 import functools
 from collections.abc import Iterator, Mapping
@@ -60,7 +60,7 @@ CASES = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _models_are_loaded_once() -> Iterator[None]:
-    # Which takes half the time of what is refused after that.
+    # Loading takes half the time of a case that is refused after it.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(saved, "load_hooked_model", functools.cache(load_hooked_model))
         yield
