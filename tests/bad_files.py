@@ -58,7 +58,7 @@ SETTINGS: dict[str, tuple[Mapping[str, Any], str]] = {
     ),
     "model's config is nested": (
         {"tlens_model_path": "FILES/nested_config"},
-        "config.json' is damaged (brackets nested too deep); copy the folder anew",
+        "config.json' is damaged (brackets nested too deep); copy the folder again",
     ),
     "model's config has an unknown key": (
         {"tlens_model_path": "FILES/unknown_key"},
@@ -66,7 +66,7 @@ SETTINGS: dict[str, tuple[Mapping[str, Any], str]] = {
     ),
     "model's config has another size": (
         {"tlens_model_path": "FILES/huge"},
-        "weights and config.json of 'FILES/huge' do not belong together; copy the folder anew (tok",
+        "weights and config.json of 'FILES/huge' do not belong together; copy the folder again (tok",
     ),
     "model's config has more blocks": (
         {"tlens_model_path": "FILES/many_blocks"},
@@ -149,11 +149,17 @@ SETTINGS: dict[str, tuple[Mapping[str, Any], str]] = {
     "SAEs are not finite": (_sae("nan.safetensors"), "numbers that are not finite; use another co"),
     "SAEs are a pickle": (_sae("pickle.pt"), "needs the pickled code 'posix.system', which is nev"),
     "SAEs are a list": (_sae("list.pt"), "FILES/list.pt: holds more than named tensors; save a st"),
-    "SAEs are sparse": (_sae("sparse.pt"), "is no dense tensor of real numbers (it is torch.float"),
+    "SAEs are sparse": (
+        _sae("sparse.pt"),
+        "is not a dense tensor of real numbers (it is torch.float",
+    ),
     "SAEs are shapes": (_sae("meta.pt"), "(it is torch.float32, torch.strided, on meta)"),
     "SAEs are complex": (_sae("complex.pt"), "(it is torch.complex64, torch.strided, on cpu)"),
     "SAEs are compressed": (_sae("zip_bomb.pt"), "(it is compressed, which torch.save never does)"),
-    "SAEs of any size": (_sae("bytes_bomb.pt"), "(it makes a bytearray, which is no tensor); use"),
+    "SAEs of any size": (
+        _sae("bytes_bomb.pt"),
+        "(it makes a bytearray, which is not a tensor); use",
+    ),
     "SAEs with long texts": (_sae("long.pt"), "(it has a text of more than 5,000 characters); use"),
     "SAEs twice": (
         {"saes.pretrained_sae_paths": ["FILES/run", "FILES/run/samples_16.safetensors"]},

@@ -25,12 +25,12 @@ RESUMED: dict[str, tuple[str, tuple[str, ...], str]] = {
     "config is gone": (
         "no_config",
         (),
-        "'FILES/no_config' is no run of this script, or its config",
+        "'FILES/no_config' is not a run of this script, or its config",
     ),
     "run of another script": (
         "lm",
         (),
-        "resume: 'FILES/lm' is no run of this script, or its confi",
+        "resume: 'FILES/lm' is not a run of this script, or its confi",
     ),
     "state of another script": (
         "other_state",

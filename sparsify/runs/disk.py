@@ -1,4 +1,4 @@
-"""How much room the checkpoints of a run take, and what to do when it is not there.
+"""Disk space that the checkpoints of a run take, and what to do when there is too little.
 
 The estimate is of tensors, which are nearly all of it.
 """
@@ -39,7 +39,7 @@ def estimate_disk(
     """Bytes that the checkpoints of a run take.
 
     Args:
-        config: How many there are, and how many keep what is needed to go on.
+        config: How many there are, and how many keep their state.
         saved: What each keeps the weights of.
         trained: Its parameters that an optimizer moves. For each, a checkpoint keeps two tensors of
             the optimizer, and between two steps a gradient.

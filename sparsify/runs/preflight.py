@@ -148,7 +148,7 @@ class _Trial:
 
 
 def describe_length(config: TrainingConfig) -> str:
-    """How long the run is. A config that is not valid has been refused before."""
+    """Describe the length of the run. A config that is not valid has been refused before."""
     return (
         f"valid; {config.n_batches * config.batch_size:,} samples in {config.n_steps:,} optimizer "
         f"steps of {config.samples_per_step}"
@@ -184,7 +184,7 @@ def check_wandb(config: TrainingConfig) -> str:
 
 
 def _wandb_hosts_in_netrc() -> list[str]:
-    """Where `wandb login` has left a key, as `netrc for HOST`."""
+    """Return the places where `wandb login` has left a key, as `netrc for HOST`."""
     own = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     path = os.environ.get("NETRC")
     with suppress(OSError, netrc.NetrcParseError):

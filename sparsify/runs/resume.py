@@ -1,4 +1,4 @@
-"""Going on with a run: which one, from which point, and whether its config suits it."""
+"""Resuming a run: which one, from which checkpoint, and whether its config suits it."""
 
 import os
 import shlex
@@ -25,7 +25,7 @@ TEMPORARY_FILES = ".*.tmp"
 
 
 def checkpoint_to_resume(config: TrainingConfig, kept_settings: Iterable[str]) -> Checkpoint:
-    """What `config.resume` means. Newer points that cannot be used are warned about.
+    """Return the checkpoint that `config.resume` means; warns about newer ones that are damaged.
 
     Args:
         config: Settings to resume the run with.
@@ -59,7 +59,7 @@ def folder_to_write_to(config: TrainingConfig) -> Path | None:
 
 
 def find_run(resume: Path, save_dir: Path | None, config_class: type[TrainingConfig]) -> Path:
-    """What `resume` means: itself, or the newest run in `save_dir` that has a checkpoint.
+    """Return the path that `resume` means: itself, or the newest resumable run in `save_dir`.
 
     Only runs whose config is a `config_class` count.
     """
@@ -99,8 +99,8 @@ def check_can_resume(
         before = validate_config(type(config), read_yaml(path), str(path)).model_dump(mode="json")
     except UserError as error:
         raise UserError(
-            f"resume: '{checkpoint.run_dir}' is no run of this script, or its config is damaged; "
-            f"give another run\n{error}"
+            f"resume: '{checkpoint.run_dir}' is not a run of this script, or its config is damaged;"
+            f" give another run\n{error}"
         ) from None
     now = config.model_dump(mode="json")
     changes = [

@@ -17,7 +17,7 @@ from sparsify.tlens.native_model import MODEL_FILE
 
 
 def build_sae_transformer(config: SAETransformerConfig, device: str) -> SAETransformer:
-    """The model of a config with new SAEs, and those of its `pretrained_sae_paths` loaded.
+    """Return the model of a config with new SAEs, and those of its `pretrained_sae_paths`.
 
     SAEs that were loaded are frozen unless `retrain_saes`.
 
@@ -28,7 +28,7 @@ def build_sae_transformer(config: SAETransformerConfig, device: str) -> SAETrans
 
 
 def load_model(config: SAETransformerConfig, device: str) -> TLensModel:
-    """The model of a config; see `load_hooked_model`."""
+    """Return the model of a config; see `load_hooked_model`."""
     return load_hooked_model(
         config.tlens_model_name,
         config.tlens_model_path,
@@ -39,7 +39,7 @@ def load_model(config: SAETransformerConfig, device: str) -> TLensModel:
 
 
 def add_saes(tlens_model: TLensModel, config: SAETransformerConfig) -> SAETransformer:
-    """What `build_sae_transformer` makes of its model."""
+    """Add the SAEs of a config to its model; see `build_sae_transformer`."""
     positions = matching_hook_names(
         config.saes.sae_positions, tlens_model.hook_dict, "saes.sae_positions"
     )
@@ -66,7 +66,7 @@ def add_saes(tlens_model: TLensModel, config: SAETransformerConfig) -> SAETransf
 
 
 def load_run(path: Path, device: str) -> SAETransformer:
-    """The model of a run folder at its newest checkpoint, or at the checkpoint that `path` is."""
+    """Return the model of a run folder at its newest checkpoint, or at the one that `path` is."""
     checkpoint = checkpoint_at(path)
     config_path = checkpoint.parent / CONFIG_FILE
     known = SAETransformerConfig.model_fields
@@ -117,7 +117,7 @@ def load_saes(model: SAETransformer, path: Path, identity: dict[str, str]) -> li
 
 
 def model_identity(config: SAETransformerConfig) -> dict[str, str]:
-    """What every checkpoint records of the model that its SAEs belong to.
+    """Identity of the model that SAEs belong to, as every checkpoint records it.
 
     A folder is known by its weights, as it may be moved, or hold another model the next time.
     """

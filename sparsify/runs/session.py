@@ -1,4 +1,4 @@
-"""What a training loop needs of the outside: batches, when to act, and where to report to."""
+"""Interface of a training loop to the outside: batches, when to act, and where to report."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from sparsify.training.finite import check_weights
 
 @dataclass(frozen=True)
 class Due:
-    """What is to be done after a batch."""
+    """Actions that are due after a batch."""
 
     log: bool
     evaluate: bool

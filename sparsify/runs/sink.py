@@ -1,11 +1,11 @@
-"""What a run reports to."""
+"""Interface of everything that a run reports to."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 
 class Sink:
-    """Takes what happens in a run, and does nothing. Others override what concerns them."""
+    """Takes events of a run and does nothing. Other sinks override what concerns them."""
 
     def log(self, metrics: Mapping[str, float], n_samples: int) -> None:
         """Take numbers measured after `n_samples` training samples."""

@@ -1,4 +1,4 @@
-"""Sinks: where what happens in a run goes. The loop reports to one and does not know which.
+"""Sinks of a run. The loop reports to one and does not know which.
 
 To report to another service, write a sink here and open it in `open_sinks`.
 """

@@ -1,4 +1,4 @@
-"""What a kind of training run offers, so that the library can start, check, save and resume it.
+"""Interface of a kind of training run, by which the library starts, checks, saves and resumes it.
 
 A script folder subclasses `TrainingRun` with what it trains, and keeps the loop in its `train`. All
 else of a run's life is in `lifecycle.py`; what the loop needs of it is a `Session`.
@@ -112,7 +112,7 @@ class TrainingRun(ABC, Generic[Batch]):
 
     @property
     def is_watched(self) -> bool:
-        """Whether the loss is looked at in every step; a GPU would have to be waited for."""
+        """Return whether every loss is checked, for which a GPU would have to be waited for."""
         return True
 
     def identity(self) -> dict[str, str]:
@@ -143,7 +143,7 @@ class TrainingRun(ABC, Generic[Batch]):
         """Evaluate what was trained, write the result, and say what came out."""
 
     def state_dict(self) -> dict[str, Any]:  # of several types
-        """Return the state of this kind of run besides weights, stepper, loader and generators."""
+        """Return the state of this kind of run, except weights, stepper, loader and generators."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

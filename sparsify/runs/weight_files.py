@@ -1,4 +1,4 @@
-"""Checkpoints: weights in safetensors, and the state that lets a run go on.
+"""Files of a checkpoint: weights in safetensors, and the state with which a run is resumed.
 
 No function here executes pickled code.
 """
@@ -31,7 +31,7 @@ MAX_PICKLED_TEXT = 5_000
 
 
 def weights_path(run_dir: Path, n_samples: int) -> Path:
-    """Where the weights after `n_samples` samples are written."""
+    """Path of the weights after `n_samples` samples."""
     return run_dir / f"samples_{n_samples}.safetensors"
 
 
@@ -65,7 +65,7 @@ def save_weights(
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` or `.pt` file, on the CPU.
+    """Return the tensors of a `.safetensors` or `.pt` file, on the CPU.
 
     Raises:
         UserError: There is no such file, it is damaged, or it holds anything but named tensors.
@@ -94,14 +94,14 @@ def _checked(path: Path, content: object) -> dict[str, Tensor]:
         is_plain = tensor.layout is torch.strided and not tensor.is_quantized
         if not is_plain or tensor.is_complex() or tensor.device.type != "cpu":
             raise UserError(
-                f"{path}: '{name}' is no dense tensor of real numbers (it is {tensor.dtype}, "
+                f"{path}: '{name}' is not a dense tensor of real numbers (it is {tensor.dtype}, "
                 f"{tensor.layout}, on {tensor.device}); save one"
             )
     return dict(content)
 
 
 def load_metadata(path: Path) -> dict[str, str]:
-    """What `save_weights` was told about the weights. Empty for a `.pt` file.
+    """Return the metadata that `save_weights` was given. Empty for a `.pt` file.
 
     Raises:
         UserError: The file cannot be read.
@@ -132,14 +132,14 @@ def check_identity(path: Path, found: dict[str, str], wanted: dict[str, str]) ->
 
 
 def checkpoint_at(path: Path) -> Path:
-    """The newest checkpoint of the run folder that `path` is, else `path` itself."""
+    """Return the newest checkpoint of the run folder that `path` is, else `path` itself."""
     if not os.path.exists(path):  # False where `Path.exists` would raise
         raise UserError(f"{path}: there is no such file or folder; check the path")
     return latest_checkpoint(path) if path.is_dir() else path
 
 
 def latest_checkpoint(run_dir: Path) -> Path:
-    """The `samples_{N}` file of a run with the largest N, `.safetensors` before `.pt`.
+    """Return the `samples_{N}` file with the largest N of a run, `.safetensors` before `.pt`.
 
     Raises:
         UserError: There is none.
@@ -154,12 +154,12 @@ def latest_checkpoint(run_dir: Path) -> Path:
 
 
 def state_path(run_dir: Path, n_samples: int) -> Path:
-    """Where the training state after `n_samples` samples is written."""
+    """Path of the training state after `n_samples` samples."""
     return run_dir / f"state_{n_samples}.pt"
 
 
 def save_state(run_dir: Path, n_samples: int, state: Mapping[str, Any]) -> Path:
-    """Write what a run needs to be resumed, besides weights, atomically, and return the path.
+    """Write the state with which a run is resumed, atomically, and return its path.
 
     Args:
         run_dir: Folder of the run.
@@ -189,7 +189,7 @@ def save_state(run_dir: Path, n_samples: int, state: Mapping[str, Any]) -> Path:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """What `save_state` wrote.
+    """Return the state that `save_state` wrote.
 
     Raises:
         UserError: There is no such file, or it is damaged.
@@ -201,7 +201,7 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def numbered_files(folder: Path, name: re.Pattern[str]) -> dict[Path, int]:
-    """The files of `folder` whose whole name matches, with the first group of the match."""
+    """Return the files of `folder` whose whole name matches, with the first group of the match."""
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: there is no such folder; check the path")
     matches = {path: name.fullmatch(path.name) for path in sorted(folder.iterdir())}
@@ -241,7 +241,7 @@ def _check_costs_what_it_holds(path: Path) -> None:
 def _check_pickle(file: IO[bytes]) -> None:
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name == "GLOBAL" and str(argument).endswith(" bytearray"):
-            raise ValueError("it makes a bytearray, which is no tensor")
+            raise ValueError("it makes a bytearray, which is not a tensor")
         if isinstance(argument, str | bytes) and len(argument) > MAX_PICKLED_TEXT:
             raise ValueError(f"it has a text of more than {MAX_PICKLED_TEXT:,} characters")
 

@@ -2,7 +2,7 @@
 
 The native model computes scores and patterns of attention in several passes over tensors of
 heads x positions x positions. The fused kernel never holds them. In a bridge all hook points are
-called as ever but for scores and pattern; where a hook is at one of these, attention runs as it is.
+called as ever, except scores and pattern; where a hook is at one of these, attention runs as it is.
 So does attention of another kind, and one for which both do not give the same on a few positions.
 Gradients cannot be differentiated again.
 
@@ -37,7 +37,7 @@ class FusedAttention:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """A context in which attention is fused where it is free."""
-        # Not again where a run goes on inside another.
+        # Not again where a pass is made inside another.
         parts = [part for part in self.parts if "forward" not in vars(part.original_component)]
         for part in parts:
             attn = part.original_component
@@ -49,7 +49,7 @@ class FusedAttention:
                 del vars(part.original_component)["forward"]
 
     def is_free(self, part: Module) -> bool:
-        """Whether nothing is asked of attention now that the fused kernel does not have."""
+        """Return whether nothing is asked of attention now that the fused kernel does not have."""
         is_seen = has_hook(part.hook_attn_scores) or has_hook(part.hook_pattern)
         return not is_seen and _is_plain(part.original_component)
 
@@ -60,7 +60,7 @@ class FusedAttention:
         hidden_states: Float[Tensor, "batch pos d_model"],
         attention_mask: Tensor | None = None,
         position_ids: Int[Tensor, "batch pos"] | None = None,
-        **told: Any,  # what a bridge tells attention besides: the hook point of the pattern
+        **told: Any,  # what else a bridge tells attention: the hook point of the pattern
     ) -> tuple[Tensor, Tensor | None]:
         if attention_mask is not None or not self.is_free(part):
             return eager(hidden_states, attention_mask, position_ids, **told)
@@ -72,7 +72,7 @@ def fused_attention(
     x: Float[Tensor, "batch pos d_model"],
     position_ids: Int[Tensor, "batch pos"] | None = None,
 ) -> Float[Tensor, "batch pos d_model"]:
-    """What a causal `NativeAttention` of TransformerLens writes.
+    """Output of a causal `NativeAttention` of TransformerLens.
 
     Args:
         attn: The module.

@@ -75,7 +75,7 @@ class FusedBlocks:
                 del vars(fused.block)["forward"]
 
     def is_plain(self) -> bool:
-        """Whether the model is still of the kind that can be fused."""
+        """Return whether the model is still of the kind that can be fused."""
         return _is_plain(self.model.cfg)
 
 
@@ -92,17 +92,17 @@ class _FusedBlock:
         self.others = [module for module in block.modules() if module not in called]
 
     def is_free(self) -> bool:
-        """Whether no hook is at a part of the block that the fused one does not have."""
+        """Return whether no hook is at a part of the block that the fused one does not have."""
         return not any(has_hook(module) for module in self.others)
 
     def agrees(self) -> bool:
-        """Whether the fused block gives what TransformerLens's own gives, on a few positions."""
+        """Return whether the fused block gives what TransformerLens's own does, at a few positions."""
         return agree(self.fused, self.block, self.block.cfg, self.block.mlp.W_in)
 
     def forward(
         self,
         resid_pre: Float[Tensor, "batch pos d_model"],
-        **told: Any,  # what TransformerLens tells a block besides: caches, masks, positions
+        **told: Any,  # what else TransformerLens tells a block: caches, masks, positions
     ) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream behind the block, which runs as it is where it is not free."""
         # Hooks may have come during the run.
@@ -126,7 +126,7 @@ class _FusedBlock:
     def attention(
         self, x: Float[Tensor, "batch pos d_model"]
     ) -> Float[Tensor, "batch pos d_model"]:
-        """What attention writes."""
+        """Output of attention."""
         attn = self.block.attn
         q = attn.hook_q(_project(x, attn.W_Q, attn.b_Q))
         k = attn.hook_k(_project(x, attn.W_K, attn.b_K))
@@ -146,7 +146,7 @@ class _FusedBlock:
 def agree(
     fused: Callable[[Tensor], Tensor], eager: Callable[[Tensor], Tensor], cfg: Any, weight: Tensor
 ) -> bool:  # `Any`: configs of both kinds of TransformerLens model
-    """Whether both give the same of random activations at a few positions."""
+    """Return whether both give the same for random activations at a few positions."""
     generator = torch.Generator().manual_seed(0)
     resid = torch.randn(2, min(8, cfg.n_ctx), cfg.d_model, generator=generator).to(weight)
     tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 5e-2
@@ -154,7 +154,7 @@ def agree(
 
 
 def has_hook(module: Module) -> bool:
-    """Whether anything is called with what a module reads or writes, or with its gradients."""
+    """Return whether a hook is called with what a module reads or writes, or its gradients."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -187,7 +187,7 @@ def _project(
 def fused_norm(
     module: Module, x: Float[Tensor, "*sample d_model"]
 ) -> Float[Tensor, "*sample d_model"]:
-    """What a norm of TransformerLens gives, of the kinds that plain models have."""
+    """Output of a norm of TransformerLens, of the kinds that plain models have."""
     if isinstance(module, nn.Identity):
         return x
     weight, bias = getattr(module, "w", None), getattr(module, "b", None)

@@ -74,7 +74,7 @@ class TrainableModel(nn.Module):
 
     @property
     def unembed(self) -> Unembedding:
-        """From final residual streams to logits."""
+        """Final norm and unembedding: from final residual streams to logits."""
         head = self.native.head
         return Unembedding(head.weight.T, head.bias, self.native.ln_out)
 
@@ -125,11 +125,11 @@ def load_native_model(folder: Path) -> tuple[Architecture, NativeModel]:
     except RecursionError:
         raise UserError(
             f"tlens_model_path: '{folder / CONFIG_FILE}' is damaged (brackets nested too deep); "
-            "copy the folder anew"
+            "copy the folder again"
         ) from None
     except (ValueError, OSError, SafetensorError) as error:
         raise UserError(
-            f"tlens_model_path: '{folder}' is damaged ({error}); copy it anew"
+            f"tlens_model_path: '{folder}' is damaged ({error}); copy it again"
         ) from None
     architecture = validate_config(Architecture, content, str(folder / CONFIG_FILE))
     _check_sizes(folder, architecture, weights)
@@ -158,7 +158,7 @@ def _check_sizes(folder: Path, architecture: Architecture, weights: dict[str, Te
 def _mismatch(folder: Path, reason: str) -> UserError:
     return UserError(
         f"tlens_model_path: weights and {CONFIG_FILE} of '{folder}' do not belong together; "
-        f"copy the folder anew ({reason})"
+        f"copy the folder again ({reason})"
     )
 
 

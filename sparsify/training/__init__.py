@@ -1,1 +1,1 @@
-"""What a training loop is put together from: schedules, steps, cadences, sinks, checkpoints."""
+"""Parts of a training step: the forward plan and its passes, losses, optimizers, schedules."""

@@ -1,4 +1,4 @@
-"""When something is due, counted in samples."""
+"""Times at which something is due, counted in samples."""
 
 import time
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Every:
         self._last = start
 
     def due(self, n_samples: int) -> bool:
-        """Whether a multiple of the period lies in (count of the last call, `n_samples`]."""
+        """Return whether a multiple of the period lies in (count of the last call, `n_samples`]."""
         if self.period is None:
             return False
         is_due = n_samples // self.period > self._last // self.period
@@ -39,7 +39,7 @@ class EverySeconds:
         self._last = time.monotonic()
 
     def due(self) -> bool:
-        """Whether the period has passed."""
+        """Return whether the period has passed."""
         if self.period is None or time.monotonic() - self._last < self.period:
             return False
         self._last = time.monotonic()
@@ -48,7 +48,7 @@ class EverySeconds:
 
 @dataclass(frozen=True)
 class Cadence:
-    """When a run logs, evaluates and saves."""
+    """Times at which a run logs, evaluates and saves."""
 
     log: Every
     evaluate: Every
@@ -56,7 +56,7 @@ class Cadence:
     save_by_time: EverySeconds
 
     def save_due(self, n_samples: int) -> bool:
-        """Whether a checkpoint is due, for either reason."""
+        """Return whether a checkpoint is due, for either reason."""
         by_samples, by_time = self.save.due(n_samples), self.save_by_time.due()
         return by_samples or by_time
 

@@ -1,4 +1,4 @@
-"""What the coefficients of loss terms are multiplied by in the course of training."""
+"""Factors of the coefficients of loss terms in the course of training."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -66,12 +66,12 @@ class L0Controller:
 
     @property
     def factor(self) -> Tensor:
-        """What the coefficient is multiplied by."""
+        """Factor of the coefficient."""
         pull = (PROPORTIONAL_GAIN * self.fast.nan_to_num(0.0)).clamp(-MAX_PULL, MAX_PULL)
         return (self.sum + pull).exp()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What the next factors depend on."""
+        """Return the state that the next factors depend on."""
         return {"first": self.first, "fast": self.fast, "slow": self.slow, "sum": self.sum}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -83,7 +83,7 @@ class L0Controller:
 
 
 class Coefficients:
-    """What the coefficient of each term is multiplied by, from its schedule and controllers.
+    """Factor of the coefficient of each term, from its schedule and controllers.
 
     Args:
         losses: The terms.
@@ -136,7 +136,7 @@ class Coefficients:
         return metrics
 
     def state_dict(self) -> dict[str, Any]:  # of several types
-        """What the next factors depend on."""
+        """Return the state that the next factors depend on."""
         return {
             "n_done": self.n_done,
             "controllers": {

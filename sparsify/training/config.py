@@ -9,12 +9,12 @@ from sparsify.settings.base_config import BaseConfig, Count, Name, PositiveFinit
 
 DEFAULT_MIN_LR_FACTOR = 0.1
 NEWEST_RUN = "newest"
-"""As `resume`, the newest run in save_dir."""
+"""Value of `resume` that means the newest run in save_dir."""
 MAX_RUN_NAME_BYTES = 200  # of the 255 of most file systems; date and time come behind it
 
 
 class DeadElementsConfig(BaseConfig):
-    """When a dictionary element counts as dead."""
+    """Rule by which a dictionary element counts as dead."""
 
     after_n_tokens: Count
     """Tokens on which an element has not fired when it counts as dead."""
@@ -24,7 +24,7 @@ class DeadElementsConfig(BaseConfig):
 
 
 class ResamplingConfig(BaseConfig):
-    """When dead elements are made anew from badly reconstructed inputs."""
+    """Times at which dead elements are reset to read badly reconstructed inputs."""
 
     every_n_samples: Count
     """Samples between two resamplings."""
@@ -57,7 +57,7 @@ class TrainingConfig(BaseConfig):
     lr: PositiveFinite
     """Learning rate at its highest."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"
-    """What follows the warmup. cosine: half a cosine down to min_lr_factor. linear: constant,
+    """Course of the learning rate after the warmup. cosine: half a cosine down to min_lr_factor. linear: constant,
     then a straight fall over the last cooldown_samples. constant: no fall."""
     min_lr_factor: float = Field(default=DEFAULT_MIN_LR_FACTOR, ge=0, le=1)
     """Lowest learning rate after the warmup, as a fraction of lr."""

@@ -1,4 +1,4 @@
-"""Which dictionary elements are dead, and how they are made anew.
+"""Dead dictionary elements: which they are, and how they are reset.
 
 Resampling is that of Bricken et al. 2023 ("Towards Monosemanticity", appendix): a dead element
 comes to read and write in the direction of an input that the SAE reconstructs badly.
@@ -63,7 +63,7 @@ class DeadElements:
                 counter.reset()
 
     def dead(self, position: str) -> Bool[Tensor, " n_dict"]:
-        """Which elements of an SAE are dead."""
+        """Return which elements of an SAE are dead."""
         has_not_fired = self.n_since[position] >= self.config.after_n_tokens
         return has_not_fired | self.is_rare[position]
 
@@ -87,7 +87,7 @@ class DeadElements:
         }
 
     def state_dict(self) -> dict[str, Any]:  # of several types
-        """What the next counts depend on."""
+        """Return the state that the next counts depend on."""
         return {
             "n_since": self.n_since,
             "is_rare": self.is_rare,
@@ -108,12 +108,12 @@ class DeadElements:
 def resample(
     sae: SAE, acts: SAEActs, dead: Bool[Tensor, " n_dict"], optimizer: Optimizer
 ) -> Bool[Tensor, " n_dict"]:
-    """Make dead elements of an SAE anew from inputs of this batch; the others do not change.
+    """Reset dead elements of an SAE to inputs of this batch; the others do not change.
 
     An input is drawn for each with a chance in proportion to the square of its squared error. No
     input is taken twice, since equal elements would get equal gradients for ever: if there are more
     dead elements than different inputs, some stay dead. The optimizer forgets what it knew of the
-    parameters of those made anew.
+    parameters of those that are reset.
 
     Args:
         sae: Whose elements.
@@ -122,7 +122,7 @@ def resample(
         optimizer: Adam, of the SAE's parameters.
 
     Returns:
-        Which elements were made anew.
+        The elements that were reset.
     """
     index = dead.nonzero().flatten()
     if len(index) == 0:

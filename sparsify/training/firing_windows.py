@@ -1,4 +1,4 @@
-"""Which dictionary elements are alive, counted over stretches of training."""
+"""Alive dictionary elements, counted over stretches of training."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -47,7 +47,7 @@ class FiringWindows:
         return alive
 
     def state_dict(self) -> dict[str, Any]:  # of several types
-        """What the next counts depend on, besides the number of samples."""
+        """Return the state that the next counts depend on, in addition to the number of samples."""
         counters = {position: counter.state_dict() for position, counter in self.counters.items()}
         return {"is_open": self.is_open, "counters": counters}
 

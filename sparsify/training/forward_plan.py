@@ -1,4 +1,4 @@
-"""What one training step has to compute, derived from the SAE positions and the loss terms.
+"""Plan of one training step's passes, derived from the SAE positions and the loss terms.
 
     tokens ─ shared prefix ─┬─ raw suffix ────── raw activations, raw final residual
                             └─ spliced suffix ── SAE activations, spliced final residual
@@ -22,7 +22,7 @@ SETTING = "loss.in_to_orig.hook_positions"
 
 @dataclass(frozen=True)
 class ForwardPlan:
-    """Which blocks run, and which hook points are kept. Block numbers are stops: exclusive."""
+    """Blocks that run, and hook points that are kept. Block numbers are stops: exclusive."""
 
     sae_positions: tuple[str, ...]
     is_local: bool
@@ -37,7 +37,7 @@ class ForwardPlan:
     """Hook points to keep of the raw pass."""
     raw_stop: int
     spliced_positions: tuple[str, ...]
-    """Hook points to keep of the spliced pass, besides what the SAEs read and write."""
+    """Hook points to keep of the spliced pass, in addition to what the SAEs read and write."""
     spliced_stop: int
 
 

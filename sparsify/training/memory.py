@@ -1,4 +1,4 @@
-"""How much memory training takes, as measured, and what to lower when there is too little."""
+"""Memory that training takes, as measured, and what to lower when there is too little."""
 
 import os
 import re

@@ -52,7 +52,7 @@ class RowSparseAdam(Adam):
     """`torch.optim.Adam` that also takes gradients which are sparse COO tensors of whole rows.
 
     Unlike `torch.optim.SparseAdam` it moves every row, as the dense gradient would: where that is
-    zero, the moments decay and the weights go on moving. State and settings are those of the
+    zero, the moments decay and the weights keep moving. State and settings are those of the
     parent, so either can load the other's state.
     """
 

@@ -19,7 +19,7 @@ def set_seed(seed: int) -> None:
 
 
 def get_random_state() -> dict[str, Any]:
-    """Where the generators stand, in plain containers and tensors."""
+    """Return the state of the generators, in plain containers and tensors."""
     name, keys, *position = np.random.get_state(legacy=True)  # noqa: NPY002
     return {
         "python": random.getstate(),

@@ -102,11 +102,11 @@ class GradientStepper:
         return grad_norm
 
     def gradients(self) -> list[Tensor]:
-        """Those that are there: of the batches of a step that is not full yet."""
+        """Return the gradients of the batches of a step that is not full yet."""
         return [p.grad for p in self.parameters if p.grad is not None]
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next steps depend on besides the parameters, in plain containers."""
+        """Return the state that the next steps depend on, except the parameters, in plain data."""
         return {
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],

@@ -130,7 +130,7 @@ def test_missing_file_is_named(folder: Path, file: str):
 )
 def test_damaged_file_is_reported(folder: Path, file: str, content: bytes):
     (folder / file).write_bytes(content)
-    with pytest.raises(UserError, match=r"^tlens_model_path: .* is damaged .*; copy it anew"):
+    with pytest.raises(UserError, match=r"^tlens_model_path: .* is damaged .*; copy it again"):
         load_native_model(folder)
 
 

@@ -159,7 +159,7 @@ def timed(step: Callable[[Tensor], Tensor], tokens: Tensor, device: torch.device
 
 
 def describe_machine(device: torch.device) -> dict[str, str | float]:
-    """What the numbers depend on."""
+    """Describe the machine and the versions that the numbers depend on."""
     is_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if is_gpu else platform.machine(),

@@ -15,7 +15,7 @@ TECHNIQUES = {
     "row-sparse-adam": "gradients of active rows alone, and fused Adam",
     "sum-of-code": "the L1 term as a sum",
 }
-"""What `--without` leaves out, and what it is."""
+"""Techniques that `--without` leaves out, by name."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Shape:
 
     @property
     def position(self) -> str:
-        """Where the SAE is."""
+        """Hook point of the SAE."""
         return f"blocks.{self.block}.hook_resid_pre"
 
     def tlens_settings(self) -> dict[str, Any]:  # of different types

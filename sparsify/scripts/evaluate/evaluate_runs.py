@@ -1,4 +1,4 @@
-"""What `run_evaluate.py` does with runs that are there."""
+"""Evaluation and comparison of saved runs."""
 
 import json
 from collections.abc import Sequence
@@ -70,7 +70,7 @@ def find_target(run: SavedRun) -> EvaluationTarget:
     path = checkpoint_at(run.path)
     match = WEIGHTS_NAME.fullmatch(path.name)
     if match is None:
-        raise UserError(f"{path}: is no checkpoint; give a samples_{{N}}.safetensors of the run")
+        raise UserError(f"{path}: is not a checkpoint; give a samples_{{N}}.safetensors of the run")
     name = EVALUATION_FILE if run.path.is_dir() else f"evaluation_{match[1]}.json"
     return EvaluationTarget(path, run.config, run.device, path.parent / name)
 
@@ -106,7 +106,7 @@ def comparable_pairs(targets: Sequence[EvaluationTarget]) -> list[Pair]:
 
 
 def identity(target: EvaluationTarget) -> tuple[str, str]:
-    """Which model a checkpoint's SAEs belong to, and how its weights were processed."""
+    """Return the model that a checkpoint's SAEs belong to, and how its weights were processed."""
     found = model_identity(target.config)
     return found["tlens_model"], found["tlens_model_processing"]
 

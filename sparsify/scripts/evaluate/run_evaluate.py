@@ -71,7 +71,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.n_samples is not None and not 0 < options.n_samples < 2**63:
         raise UserError(
-            f"--n_samples: {options.n_samples} is no number of sequences; set it to 1 or more"
+            f"--n_samples: {options.n_samples} is not a number of sequences; set it to 1 or more"
         )
     return options
 

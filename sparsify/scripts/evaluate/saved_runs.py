@@ -13,7 +13,7 @@ from sparsify.settings.base_config import UserError
 
 @dataclass(frozen=True)
 class SavedRun:
-    """What is to be evaluated."""
+    """A run to be evaluated."""
 
     path: Path
     """A run folder, which means its newest checkpoint, or one checkpoint in it."""
@@ -22,7 +22,7 @@ class SavedRun:
     """Settings of the run."""
 
     device: str
-    """Where to evaluate it, or auto."""
+    """Device to evaluate it on, or auto."""
 
 
 def find_runs(paths: Sequence[Path], n_samples: int | None, device: str) -> list[SavedRun]:
@@ -45,7 +45,7 @@ def find_runs(paths: Sequence[Path], n_samples: int | None, device: str) -> list
         folder = path if path.is_dir() else path.parent
         if not (folder / CONFIG_FILE).exists():
             raise UserError(
-                f"{path}: is no run, as there is no {CONFIG_FILE} in '{folder}'; give the folder "
+                f"{path}: is not a run, as there is no {CONFIG_FILE} in '{folder}'; give the folder "
                 "of a run that trained SAEs, or a checkpoint in it"
             )
         config = read_sae_run(folder)

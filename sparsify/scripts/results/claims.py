@@ -18,7 +18,7 @@ from sparsify.scripts.tables import markdown_table
 from sparsify.settings.base_config import read_yaml
 
 CE_INCREASE = 0.25
-"""Where the runs of all mixes are compared."""
+"""CE increase at which the runs of all mixes are compared."""
 
 FINETUNE_SEED = 100
 """Added to the seed of a finetune, so that it does not begin with the batches of its start."""
@@ -55,7 +55,7 @@ def at_same_ce(runs: Sequence[Path]) -> Chosen:
 
 
 def are_compared(runs: Sequence[Path], similarities: Path) -> bool:
-    """Whether runs have been evaluated on all their text, and all pairs of them compared."""
+    """Return whether runs are evaluated on all their text, and all pairs of them compared."""
     if not similarities.exists() or not all(map(is_evaluated, runs)):
         return False
     pairs = json.loads(similarities.read_text(encoding="utf-8"))
@@ -65,7 +65,7 @@ def are_compared(runs: Sequence[Path], similarities: Path) -> bool:
 
 
 def is_evaluated(run: Path) -> bool:
-    """Whether `run_evaluate.py` has judged a run on what training judged it on."""
+    """Return whether `run_evaluate.py` has evaluated a run on the text that training did."""
     if not (run / EVALUATION_FILE).exists():
         return False
     found, of_training = _content(run / EVALUATION_FILE), _content(run / RESULT_FILE)
@@ -73,7 +73,7 @@ def is_evaluated(run: Path) -> bool:
 
 
 def evaluation_table(chosen: Chosen) -> list[str]:
-    """What tells the mixes apart where they cost the model the same."""
+    """Table of what tells the mixes apart where they cost the model the same."""
     metrics = {
         "CE increase": "performance/eval/ce_loss_increase",
         "KL": "loss/eval/logits_kl",
@@ -121,7 +121,7 @@ def downstream_table(chosen: Chosen) -> list[str]:
 
 
 def geometry_table(chosen: Chosen, similarities: Path) -> list[str]:
-    """How similar the alive elements of two runs are, across seeds and across mixes.
+    """Table of how similar the alive elements of two runs are, across seeds and across mixes.
 
     Runs of one seed begin with the same SAE and see the same batches, so they are not compared.
     """
@@ -189,7 +189,7 @@ def finetune_table(runs: Mapping[str, Sequence[Path]]) -> list[str]:
 
 
 def checkpoint_name(run: Path) -> str:
-    """What `run_evaluate.py` calls the newest checkpoint of a run."""
+    """Name that `run_evaluate.py` gives the newest checkpoint of a run."""
     from sparsify.runs.weight_files import checkpoint_at
 
     return str(checkpoint_at(run))

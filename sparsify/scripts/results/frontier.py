@@ -35,7 +35,7 @@ MIXES = ("local", "e2e", "e2e-local", "e2e-downstream")
 CE_LEVELS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8, 1.0)
 """CE increases, and KLs, at which mixes are compared, where their curves come to them."""
 L0_LEVELS = (5.0, 10.0, 20.0, 30.0, 40.0, 60.0, 80.0, 120.0, 160.0, 240.0)
-"""The same of L0."""
+"""L0s at which mixes are compared."""
 
 MAY_DIFFER = {
     "seed",
@@ -100,7 +100,7 @@ def check_alike(first: Path, run: Path) -> None:
 
 
 def point_of(name: str, config: SAERunConfig, run: Path) -> Point | None:
-    """What is compared of a finished run. None: it is not finite, or nothing is active.
+    """Return the point of a finished run. None: it is not finite, or nothing is active.
 
     Raises:
         UserError: It has several SAEs.
@@ -146,7 +146,7 @@ def frontier_rows(curves: Curves) -> list[Row]:
 
 
 def frontier_tables(curves: Curves) -> list[str]:
-    """What each mix needs at the same CE increase or KL, and how far it comes at the same L0."""
+    """Tables of what each mix needs at equal CE increase or KL, and reaches at equal L0."""
     at_ce = [(f"{level:g}", partial(l0_needed, ce_increase=level)) for level in CE_LEVELS]
     at_kl = [(f"{level:g}", partial(l0_needed_for_kl, kl=level)) for level in CE_LEVELS]
     alive = [(f"{level:g}", partial(alive_needed, ce_increase=level)) for level in CE_LEVELS]
@@ -196,7 +196,7 @@ def _ranges(curves: Curves, what: str) -> list[str]:
 
 
 def _mixes(curves: Curves) -> list[str]:
-    """Those that there are, in order."""
+    """Mixes of the curves, in order."""
     return [*(mix for mix in MIXES if mix in curves), *sorted(set(curves) - set(MIXES))]
 
 

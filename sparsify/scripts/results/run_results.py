@@ -2,7 +2,7 @@
 
     python sparsify/scripts/results/run_results.py [--processes N]
 
-What is done is not done again, and a run that was interrupted goes on, so the command can be
+What is done is not done again, and an interrupted run is resumed, so the command can be
 repeated after whatever has ended it.
 """
 

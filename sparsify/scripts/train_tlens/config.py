@@ -29,11 +29,11 @@ class Config(TrainingConfig):
     prompts: list[str] = []
     """Texts that the trained model continues on its card."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to train. auto: a CUDA GPU if torch sees one."""
+    """Device to train on. auto: a CUDA GPU if torch sees one."""
 
     @property
     def default_run_name(self) -> str:
-        """The same whatever the settings."""
+        """Name that does not depend on the settings."""
         return "tlens"
 
     @model_validator(mode="after")

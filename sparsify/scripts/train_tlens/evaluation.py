@@ -1,4 +1,4 @@
-"""How good a language model of source text is, in units that do not depend on its tokenizer."""
+"""Loss of a language model of source text, in units that do not depend on its tokenizer."""
 
 import math
 from collections.abc import Iterable
@@ -26,7 +26,7 @@ class TextLoss:
     def from_nats(
         cls, nats: float, targets: Int[Tensor, "..."], token_bytes: Int[Tensor, " d_vocab"]
     ) -> "TextLoss":
-        """From the summed loss of predicting `targets`."""
+        """Make it from the summed loss of predicting `targets`."""
         n_bytes = int(token_bytes[targets].sum())
         bits_per_byte = nats / math.log(2) / n_bytes
         return cls(nats / targets.numel(), bits_per_byte, targets.numel(), n_bytes)

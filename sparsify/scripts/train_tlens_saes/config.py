@@ -17,18 +17,18 @@ class Config(SAERunConfig):
     """SAEs trained inside a frozen language model."""
 
     decoder_bias: Literal["mean", "geometric_median"] | None = None
-    """What the decoder's bias starts as: the middle of the activations of the first batch. null: as
-    the kind has it."""
+    """Start of the decoder's bias: the middle of the activations of the first batch. null: as the
+    kind has it."""
     dead_elements: DeadElementsConfig | None = None
-    """When an element counts as dead. null: nobody keeps count."""
+    """Rule by which an element counts as dead. null: dead elements are not counted."""
     resampling: ResamplingConfig | None = None
-    """When dead elements are made anew. null: never."""
+    """Times at which dead elements are reset. null: never."""
     collect_act_frequency_every_n_samples: Count | None = None
     """Samples between two counts of alive dictionary elements. null: no counts in training."""
     act_frequency_n_tokens: Count = DEFAULT_ACT_FREQUENCY_N_TOKENS
     """Training tokens over which one such count runs."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to train. auto: a CUDA GPU if torch sees one."""
+    """Device to train on. auto: a CUDA GPU if torch sees one."""
     mixed_precision: bool | None = None
     """Whether the frozen model multiplies in bfloat16, and SAEs on a GPU in TensorFloat-32. null:
     on a GPU that has bfloat16. The SAEs' weights and Adam's state stay in float32."""

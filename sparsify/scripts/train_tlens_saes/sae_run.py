@@ -253,7 +253,7 @@ class SAERun(TrainingRun[Tensor]):
 
     @property
     def is_watched(self) -> bool:
-        """Whether every loss is looked at: on a CPU."""
+        """Return whether every loss is checked: on a CPU."""
         return self.trainer.is_watched
 
     def identity(self) -> dict[str, str]:
