@@ -9,20 +9,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sparsify.saes.acts import SAEActs
+from sparsify.saes.acts import Acts, SAEActs
 from sparsify.saes.base import eval_mode
 from sparsify.saes.build import build_sae
 from sparsify.saes.config import ReLUSAEConfig, SAEConfig
 from sparsify.settings.base_config import UserError, validate_config
 from sparsify.splicing.edits import Edit, edit_of
-from sparsify.splicing.hooks import (
-    Acts,
-    SAEDict,
-    cache_hooks,
-    check_fired,
-    keep_hooks,
-    splice_hooks,
-)
+from sparsify.splicing.hooks import SAEDict, cache_hooks, check_fired, keep_hooks, splice_hooks
 from sparsify.splicing.interventions import Intervention
 from sparsify.splicing.positions import act_widths, reads_of
 from sparsify.tlens.hook_names import check_hook_names, stop_block
@@ -161,7 +154,7 @@ class SAETransformer(nn.Module):
         self.hooked_model.check_length(tokens.shape[-1])
         others = _names(cache_positions, [])
         check_hook_names(others, self.tlens_model.hook_dict, "cache_positions")
-        acts: Acts = {}
+        acts = Acts()
         hooks = self.splice_hooks(positions, acts.__setitem__, cache_hooks(others, acts), edit)
         logits = self.hooked_model.run_with_logits(tokens, hooks)
         check_fired(others, acts)
@@ -274,7 +267,7 @@ class SAETransformer(nn.Module):
 
     def _read_raw(self, positions: Iterable[str], orig_acts: Mapping[str, Tensor]) -> Acts:
         """What SAEs make of raw activations."""
-        acts: Acts = {}
+        acts = Acts()
         for position in positions:
             source = self.reads[position]
             if missing := sorted({source, position} - set(orig_acts)):

@@ -1,4 +1,6 @@
-"""What an SAE or a cached hook point leaves behind after a forward pass.
+"""Activations of SAEs, and of cached hook points, in a forward pass.
+
+Each prints as a line, without its numbers.
 
 Dimensions: `*sample` is any leading batch and position dimensions, `d_act` the width of the
 hooked activation, `d_out` of what is written in its place or another's, `n_dict` the number of
@@ -20,26 +22,33 @@ class SAEActs:
     output: Float[Tensor, "*sample d_out"]
 
     replaced: Float[Tensor, "*sample d_out"] | None = None
-    """What stood in the output's place. None: the input, but for a transcoder."""
+    """Activation that the output replaces. None: the input, as in all kinds except a transcoder."""
 
     pre_acts: Float[Tensor, "*sample n_dict"] | None = None
-    """What the code was made of, where a loss of the kind reads it."""
+    """What the code was made of. None: no loss of the kind reads it."""
 
     gates: Float[Tensor, "*sample n_dict"] | None = None
-    """How far the gates of a gated SAE are open, 0 where they are closed. None: there are none."""
+    """How far the gates of a gated SAE are open, 0 where they are closed. None: no gates."""
+
+    def __repr__(self) -> str:
+        l0 = (self.c != 0).sum(dim=-1).float().mean().item()
+        return (
+            f"SAEActs(input={tuple(self.input.shape)}, c={tuple(self.c.shape)}, "
+            f"output={tuple(self.output.shape)}, L0={l0:.4g})"
+        )
 
     @property
     def penalised(self) -> Float[Tensor, "*sample n_dict"]:
-        """What a sparsity penalty is to make small, none of it negative: the gates, or the code."""
+        """Values that a sparsity penalty makes small, none negative: the gates, or the code."""
         return self.c if self.gates is None else self.gates
 
     @property
     def target(self) -> Float[Tensor, "*sample d_out"]:
-        """What the output is to be like: that in whose place it stands."""
+        """Activation that the output replaces, and is to reconstruct."""
         return self.input if self.replaced is None else self.replaced
 
     def only(self, kept: Bool[Tensor, "batch pos"]) -> "SAEActs":
-        """What is there of some tokens; these are then in one dimension."""
+        """The rows where `kept` is true, in one dimension."""
         return SAEActs(
             input=self.input[kept],
             c=self.c[kept],
@@ -56,6 +65,16 @@ class CacheActs:
 
     input: Float[Tensor, "*sample d_act"]
 
+    def __repr__(self) -> str:
+        return f"CacheActs(input={tuple(self.input.shape)})"
+
     def only(self, kept: Bool[Tensor, "batch pos"]) -> "CacheActs":
-        """What is there of some tokens; these are then in one dimension."""
+        """The rows where `kept` is true, in one dimension."""
         return CacheActs(self.input[kept])
+
+
+class Acts(dict[str, SAEActs | CacheActs]):
+    """Activations by hook point. Each prints on a line of its own."""
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{position}: {acts!r}" for position, acts in self.items()) or "{}"

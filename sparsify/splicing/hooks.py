@@ -8,12 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sparsify.saes.acts import CacheActs, SAEActs
+from sparsify.saes.acts import Acts, CacheActs, SAEActs
 from sparsify.saes.base import SAE
 from sparsify.settings.base_config import UserError
 from sparsify.tlens.hooked_model import Hook
-
-Acts = dict[str, SAEActs | CacheActs]
 
 Read = Callable[[str, Tensor, Tensor | None], SAEActs]
 """`read(position, act, replaced)`: what is to be spliced in. `replaced` is None if it is `act`."""

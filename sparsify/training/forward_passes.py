@@ -54,7 +54,7 @@ def forward_passes(
 def _with_spliced_pass(
     passes: Passes, model: SAETransformer, prefix: Prefix, plan: ForwardPlan, read: Read
 ) -> Passes:
-    acts: Acts = {}
+    acts = Acts()
 
     def read_and_keep(position: str, act: Tensor, replaced: Tensor | None) -> SAEActs:
         # The other outputs, too, are computed in the SAE's own precision.
