@@ -7,7 +7,14 @@ import torch
 
 from sparsify.runs.config import ReadPlacement, SAETransformerConfig
 from sparsify.runs.run_folder import CONFIG_FILE
-from sparsify.runs.weight_files import check_identity, checkpoint_at, load_metadata, load_weights
+from sparsify.runs.weight_files import (
+    STATE_NAME,
+    check_identity,
+    checkpoint_at,
+    load_metadata,
+    load_weights,
+    weights_path,
+)
 from sparsify.sae_transformer import SAETransformer
 from sparsify.settings.base_config import UserError, read_yaml, validate_config
 from sparsify.tlens.hook_names import matching_hook_names
@@ -68,6 +75,11 @@ def add_saes(tlens_model: TLensModel, config: SAETransformerConfig) -> SAETransf
 def load_run(path: Path, device: str) -> SAETransformer:
     """Return the model of a run folder at its newest checkpoint, or at the one that `path` is."""
     checkpoint = checkpoint_at(path)
+    if match := STATE_NAME.fullmatch(checkpoint.name):
+        weights = weights_path(checkpoint.parent, int(match[1]))
+        raise UserError(
+            f"{checkpoint}: is the training state; the SAEs are in {weights}, give that"
+        )
     config_path = checkpoint.parent / CONFIG_FILE
     known = SAETransformerConfig.model_fields
     content = {key: value for key, value in read_yaml(config_path).items() if key in known}

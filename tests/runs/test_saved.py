@@ -276,6 +276,15 @@ def test_folder_without_a_run_is_rejected(lm: Path, run_dir: Path, tmp_path: Pat
         SAETransformer.from_local_path(run_dir)
 
 
+def test_training_state_is_no_checkpoint(lm: Path, run_dir: Path):
+    saved = build_sae_transformer(config_of(lm), "cpu")
+    save_checkpoint(run_dir / "samples_8.safetensors", saved, config_of(lm))
+    torch.save({"n_samples": 8}, run_dir / "state_8.pt")
+    message = r"state_8\.pt: is the training state; .* in \S*/run/samples_8\.safetensors, give"
+    with pytest.raises(UserError, match=message):
+        SAETransformer.from_local_path(run_dir / "state_8.pt")
+
+
 def test_unknown_position_is_rejected(lm: Path):
     config = config_of(lm, sae_positions=["blocks.1.hook_resid_pots"])
     message = r"^saes\.sae_positions: .* did you mean 'blocks\.1\.hook_resid_post'"
