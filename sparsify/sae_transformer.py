@@ -15,9 +15,10 @@ from sparsify.saes.build import build_sae
 from sparsify.saes.config import ReLUSAEConfig, SAEConfig
 from sparsify.settings.base_config import UserError, validate_config
 from sparsify.splicing.edits import Edit, edit_of
-from sparsify.splicing.hooks import SAEDict, cache_hooks, check_fired, keep_hooks, splice_hooks
+from sparsify.splicing.hooks import cache_hooks, check_fired, keep_hooks, splice_hooks
 from sparsify.splicing.interventions import Intervention
 from sparsify.splicing.positions import act_widths, reads_of
+from sparsify.splicing.sae_dict import SAEDict
 from sparsify.tlens.hook_names import check_hook_names, stop_block
 from sparsify.tlens.hooked_model import Hook, HookedModel, Prefix, TLensModel
 
@@ -67,9 +68,7 @@ class SAETransformer(nn.Module):
         """The hook point that each SAE reads, which is where it writes but for a transcoder."""
         self.saes = SAEDict(
             {
-                position.replace(".", "-"): build_sae(
-                    sae, d_act=widths[self.reads[position]], d_out=widths[position]
-                )
+                position: build_sae(sae, d_act=widths[self.reads[position]], d_out=widths[position])
                 for position in self.raw_sae_positions
             }
         )
@@ -148,7 +147,8 @@ class SAETransformer(nn.Module):
                     "orig_acts: leaves out the run, which interventions and add_error change; give "
                     "tokens alone, or none of these"
                 )
-            return None, self._read_raw(positions, orig_acts)
+            reads = {position: self.reads[position] for position in positions}
+            return None, self.saes.read_given(reads, orig_acts)
         if tokens is None:
             raise ValueError("tokens may only be None if orig_acts is given")
         self.hooked_model.check_length(tokens.shape[-1])
@@ -264,17 +264,6 @@ class SAETransformer(nn.Module):
         return edit_of(
             interventions, self.saes, positions, add_error=add_error, n_new_tokens=n_new_tokens
         )
-
-    def _read_raw(self, positions: Iterable[str], orig_acts: Mapping[str, Tensor]) -> Acts:
-        """What SAEs make of raw activations."""
-        acts = Acts()
-        for position in positions:
-            source = self.reads[position]
-            if missing := sorted({source, position} - set(orig_acts)):
-                raise UserError(f"orig_acts: has no activation for {', '.join(missing)}; give it")
-            replaced = None if source == position else orig_acts[position]
-            acts[position] = self.saes.read(position, orig_acts[source], replaced)
-        return acts
 
     def _check_have_saes(self, positions: Iterable[str], setting: str = "sae_positions") -> None:
         for position in positions:

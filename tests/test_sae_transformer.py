@@ -13,6 +13,7 @@ from sparsify.saes.acts import CacheActs, SAEActs
 from sparsify.saes.base import SAE
 from sparsify.saes.config import ReLUSAEConfig
 from sparsify.settings.base_config import UserError
+from sparsify.splicing.sae_dict import sae_key
 from sparsify.training.forward_passes import forward_passes
 from sparsify.training.forward_plan import derive_plan
 
@@ -51,7 +52,7 @@ def build(tlens_model: Any, positions: list[str]) -> SAETransformer:
 
 def put_saes(model: SAETransformer, make: Callable[[int], SAE]) -> None:
     for position in model.raw_sae_positions:
-        model.saes[position.replace(".", "-")] = make(model.saes.at(position).d_act)
+        model.saes[position] = make(model.saes[position].d_act)
 
 
 def n_hooks(tlens_model: Any) -> int:
@@ -141,10 +142,10 @@ def test_no_hook_is_left_behind_an_exception(tlens_model: Any, tokens: Tensor):
 def test_saes_sit_at_their_hook_points_in_the_order_of_the_model(tlens_model: Any):
     model = build(tlens_model, ALL[::-1])
     assert model.raw_sae_positions == ALL
-    assert list(model.saes) == [position.replace(".", "-") for position in ALL]
-    widths = {position: model.saes.at(position).d_act for position in ALL}
+    assert list(model.saes) == [sae_key(position) for position in ALL]
+    widths = {position: model.saes[position].d_act for position in ALL}
     assert widths == WIDTHS
-    assert all(model.saes.at(position).n_dict == 2 * width for position, width in widths.items())
+    assert all(model.saes[position].n_dict == 2 * width for position, width in widths.items())
 
 
 def test_spliced_run_shows_what_each_sae_did(tlens_model: Any, tokens: Tensor):
@@ -157,7 +158,7 @@ def test_spliced_run_shows_what_each_sae_did(tlens_model: Any, tokens: Tensor):
         assert isinstance(sae_acts, SAEActs)
         assert sae_acts.input.shape == sae_acts.output.shape == (2, 6, width)
         assert sae_acts.c.shape == (2, 6, 2 * width)
-        expected = model.saes.at(position)(sae_acts.input)
+        expected = model.saes[position](sae_acts.input)
         torch.testing.assert_close(sae_acts.output, expected.output)
     cached = acts["blocks.2.attn.hook_z"]
     assert isinstance(cached, CacheActs)
@@ -177,6 +178,12 @@ def test_only_the_named_saes_take_part(tlens_model: Any, tokens: Tensor):
     logits, acts = model(tokens, sae_positions=[])
     assert acts == {}
     assert torch.equal(logits, bare)
+
+
+def test_sae_is_found_by_its_position(tlens_model: Any):
+    model = build(tlens_model, RESID)
+    assert model.saes[RESID[0]] is model.saes["blocks-1-hook_resid_pre"]
+    assert RESID[0] in model.saes
 
 
 def test_saes_can_read_given_activations(tlens_model: Any, tokens: Tensor):
@@ -340,7 +347,7 @@ def test_two_names_of_one_hook_point_are_rejected(tiny_bridge: Any):
 
 def test_size_is_given_once(tiny_model: Any):
     sae = ReLUSAEConfig(dict_size_to_input_ratio=3.0)
-    assert SAETransformer(tiny_model, RESID, sae=sae).saes.at(RESID[0]).n_dict == 48  # 3 * 16
+    assert SAETransformer(tiny_model, RESID, sae=sae).saes[RESID[0]].n_dict == 48  # 3 * 16
     for ratio, config in ((None, None), (3.0, sae)):
         with pytest.raises(UserError, match="give either dict_size_to_input_ratio or sae"):
             SAETransformer(tiny_model, RESID, ratio, sae=config)
@@ -369,5 +376,5 @@ def test_cache_position_that_a_run_does_not_reach_is_rejected(tlens_model: Any, 
     behind = ["ln_final.hook_normalized"]
     _, acts = model.forward_raw(tokens, cache_positions=behind)
     assert acts[behind[0]].shape == (2, 6, 16)
-    with pytest.raises(UserError, match=r"'ln_final.hook_normalized' did not fire in this run"):
+    with pytest.raises(UserError, match=r"'ln_final.hook_normalized' did not fire in this pass"):
         model.forward_raw(tokens, run_entire_model=False, cache_positions=behind)

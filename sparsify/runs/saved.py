@@ -17,6 +17,7 @@ from sparsify.runs.weight_files import (
 )
 from sparsify.sae_transformer import SAETransformer
 from sparsify.settings.base_config import UserError, read_yaml, validate_config
+from sparsify.splicing.sae_dict import position_of
 from sparsify.tlens.hook_names import matching_hook_names
 from sparsify.tlens.hooked_model import TLensModel
 from sparsify.tlens.loading import BUNDLED_MODELS, load_hooked_model
@@ -105,10 +106,9 @@ def load_saes(model: SAETransformer, path: Path, identity: dict[str, str]) -> li
     """
     weights = load_weights(path)
     check_identity(path, load_metadata(path), identity)
-    by_key = {position.replace(".", "-"): position for position in model.raw_sae_positions}
     keys = list(dict.fromkeys(name.split(".")[0] for name in weights))
     for key in keys:
-        if key not in by_key:
+        if key not in model.saes:
             raise UserError(
                 f"{path}: has an SAE for '{key}', but sae_positions are "
                 f"{', '.join(model.raw_sae_positions)}; name its hook point there"
@@ -125,7 +125,7 @@ def load_saes(model: SAETransformer, path: Path, identity: dict[str, str]) -> li
                 "a checkpoint from before"
             )
         model.saes[key].load_state_dict(own)
-    return [by_key[key] for key in keys]
+    return [position_of(key) for key in keys]
 
 
 def model_identity(config: SAETransformerConfig) -> dict[str, str]:

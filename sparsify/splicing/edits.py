@@ -22,8 +22,8 @@ from torch import Tensor
 
 from sparsify.saes.acts import SAEActs
 from sparsify.settings.base_config import UserError
-from sparsify.splicing.hooks import SAEDict
 from sparsify.splicing.interventions import Intervention
+from sparsify.splicing.sae_dict import SAEDict
 
 Edit = Callable[[str, SAEActs], SAEActs]
 """`edit(position, acts)`: what is to be spliced in instead of what the SAE there made."""

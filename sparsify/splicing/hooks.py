@@ -1,54 +1,16 @@
-"""SAEs by hook point, and the hooks that put them in place."""
+"""Hooks that put SAEs in place, and those that keep activations."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from types import MappingProxyType
 
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsify.saes.acts import Acts, CacheActs, SAEActs
-from sparsify.saes.base import SAE
 from sparsify.settings.base_config import UserError
 from sparsify.tlens.hooked_model import Hook
 
 Read = Callable[[str, Tensor, Tensor | None], SAEActs]
-"""`read(position, act, replaced)`: what is to be spliced in. `replaced` is None if it is `act`."""
-
-
-class SAEDict(nn.ModuleDict):
-    """SAEs by hook point. Module names may have no dot, so the keys have "-" in its place."""
-
-    def at(self, position: str) -> SAE:
-        """The SAE at a hook point, by its full name."""
-        sae = self[position.replace(".", "-")]
-        assert isinstance(sae, SAE)
-        return sae
-
-    def read(
-        self,
-        position: str,
-        act: Float[Tensor, "batch pos ..."],
-        replaced: Float[Tensor, "batch pos ..."] | None = None,
-    ) -> SAEActs:
-        """What the SAE at a hook point makes of an activation, whose heads, if any, are flattened.
-
-        The SAE computes in its own precision, whatever that of the model is.
-
-        Args:
-            position: Where the SAE writes.
-            act: What it reads.
-            replaced: What stands where it writes. None: `act`.
-        """
-        sae = self.at(position)
-        parameter = next(sae.parameters(), None)
-        act = act.flatten(start_dim=2)
-        with torch.autocast(act.device.type, enabled=False):
-            acts = sae(act if parameter is None else act.to(parameter))
-        if replaced is None:
-            return acts
-        return replace(acts, replaced=replaced.flatten(start_dim=2).to(acts.output))
+"""`read(position, act, replaced)` returns what to splice in. `replaced` is None if it is `act`."""
 
 
 def splice_hooks(
@@ -57,9 +19,9 @@ def splice_hooks(
     """Hooks that put what `read` makes in place of activations, and those of other hook points.
 
     Args:
-        reads: The hook point that is read, by that which is written.
+        reads: The hook point that each SAE reads, by the one where it writes.
         read: Makes what is written.
-        others: Further hooks. Where an SAE writes they are not called.
+        others: Other hooks. Where an SAE writes they are not called.
     """
     seen: dict[str, Tensor] = {}
 
@@ -120,6 +82,6 @@ def check_fired(positions: Iterable[str], acts: Mapping[str, object]) -> None:
     for position in positions:
         if position not in acts:
             raise UserError(
-                f"cache_positions: hook point '{position}' did not fire in this run; leave it out, "
-                "or run the entire model if it lies behind the last block"
+                f"cache_positions: hook point '{position}' did not fire in this pass; leave it "
+                "out, or run the entire model if it lies behind the last block"
             )

@@ -49,7 +49,7 @@ def elements_of(acts: SAEActs) -> tuple[int, int]:
 def identity_model(tlens_model: Any) -> SAETransformer:
     """Element j < 16 of its SAE is dimension j of the activation if positive, j + 16 if not."""
     model = SAETransformer(tlens_model, [LAST], dict_size_to_input_ratio=2.0)
-    model.saes[LAST.replace(".", "-")] = IdentitySAE(16)
+    model.saes[LAST] = IdentitySAE(16)
     return model
 
 

@@ -20,6 +20,7 @@ from sparsify.runs.text import kept_tokens, load_eval_batches
 from sparsify.runs.weight_files import WEIGHTS_NAME, checkpoint_at, load_weights
 from sparsify.scripts.evaluate.saved_runs import SavedRun
 from sparsify.settings.base_config import UserError
+from sparsify.splicing.sae_dict import position_of
 from sparsify.tlens.loading import resolve_device
 
 Pair = tuple[int, int, str]
@@ -90,7 +91,7 @@ def comparable_pairs(targets: Sequence[EvaluationTarget]) -> list[Pair]:
                 f"{targets[0].path} of {first}; compare SAEs of one model"
             )
         keys = dict.fromkeys(name.split(".")[0] for name in load_weights(target.path))
-        positions.append([key.replace("-", ".") for key in keys])
+        positions.append([position_of(key) for key in keys])
     pairs = [
         (a, b, position)
         for a, b in combinations(range(len(targets)), 2)
