@@ -14,7 +14,7 @@ from sparsify.saes.base import eval_mode
 from sparsify.saes.build import build_sae
 from sparsify.saes.config import ReLUSAEConfig, SAEConfig
 from sparsify.settings.base_config import UserError, validate_config
-from sparsify.splicing.edits import Edit, edit_of
+from sparsify.splicing.edits import Edit
 from sparsify.splicing.hooks import cache_hooks, check_fired, keep_hooks, splice_hooks
 from sparsify.splicing.interventions import Intervention
 from sparsify.splicing.positions import act_widths, reads_of
@@ -144,8 +144,8 @@ class SAETransformer(nn.Module):
         if orig_acts is not None:
             if edit is not None:
                 raise UserError(
-                    "orig_acts: leaves out the run, which interventions and add_error change; give "
-                    "tokens alone, or none of these"
+                    "orig_acts: leaves out the pass, which interventions and add_error change; "
+                    "give tokens alone, or none of these"
                 )
             reads = {position: self.reads[position] for position in positions}
             return None, self.saes.read_given(reads, orig_acts)
@@ -224,7 +224,7 @@ class SAETransformer(nn.Module):
         positions: Iterable[str],
         observe: Callable[[str, SAEActs], None],
         others: Mapping[str, Hook] = MappingProxyType({}),
-        edit: Edit | None = None,
+        edit: Callable[[str, SAEActs], SAEActs] | None = None,
     ) -> dict[str, Hook]:
         """Hooks that put SAEs in place, and show what each did as it happens.
 
@@ -257,11 +257,13 @@ class SAETransformer(nn.Module):
         add_error: bool,
         n_new_tokens: int | None = None,
     ) -> Edit | None:
-        """What makes these changes in one run with the SAEs at `positions`: see `edit_of`."""
+        """An `Edit` for one pass with the SAEs at `positions`. None: there is nothing to do."""
         if isinstance(interventions, Intervention):
             interventions = [interventions]
+        if not interventions and not add_error:
+            return None
         self._check_have_saes([one.position for one in interventions], "interventions")
-        return edit_of(
+        return Edit(
             interventions, self.saes, positions, add_error=add_error, n_new_tokens=n_new_tokens
         )
 

@@ -1,7 +1,7 @@
-"""Changes to what SAEs write: elements ablated, set or scaled, and steering.
+"""Interventions on what SAEs write: elements ablated, set or scaled, and steering.
 
-`SAETransformer.forward`, its `generate` and `intervention_effect` take them; `edits.py` has the
-formula of what they do.
+`SAETransformer.forward`, its `generate` and `intervention_effect` take them. An `Edit` carries them
+out in a pass; `edits.py` has the formula.
 """
 
 import math
@@ -21,7 +21,7 @@ Indices = int | Sequence[int] | Int[Tensor, "..."]
 
 @dataclass(frozen=True)
 class Intervention:
-    """A change of some elements on some tokens. `ablate`, `set_to`, `scale` and `steer` make it."""
+    """A change of some elements on some tokens, made by `ablate`, `set_to`, `scale` or `steer`."""
 
     position: str
     """The hook point where the SAE writes."""
@@ -32,7 +32,7 @@ class Intervention:
     kind: Literal["set", "scale", "steer"]
 
     amount: float
-    """What entries of the code are set to, or multiplied with, or how far to steer."""
+    """Value that entries of the code are set to, factor that scales them, or how far to steer."""
 
     tokens: tuple[int, ...] | None = None
     """Places in the sequence, counted from 0, or from its end if negative. None: all."""
@@ -47,7 +47,7 @@ def ablate(position: str, elements: Indices, tokens: Indices | None = None) -> I
         tokens: Places in each sequence, counted from 0, or from its end if negative. None: all.
 
     Raises:
-        UserError: An index is none, or there are none.
+        UserError: An index is not a whole number, or there are none.
     """
     return set_to(position, elements, 0.0, tokens)
 
@@ -65,7 +65,7 @@ def set_to(
 def scale(
     position: str, elements: Indices, factor: float, tokens: Indices | None = None
 ) -> Intervention:
-    """Multiply elements with a factor; those that are not active stay so.
+    """Multiply elements by a factor; those that are not active stay so.
 
     Arguments and errors are those of `ablate`; the factor must be finite.
     """
@@ -81,7 +81,7 @@ def steer(
         position: The hook point where the SAE writes.
         elements: Dictionary elements. Each adds its direction.
         amount: Length of what each adds, in the unit of the activation: directions have unit norm.
-            Below zero it is subtracted. Finite.
+            Below zero it is subtracted. It must be finite.
         tokens: As for `ablate`.
 
     Raises:
@@ -98,7 +98,7 @@ def _intervention(
     tokens: Indices | None,
 ) -> Intervention:
     if not math.isfinite(amount):
-        raise UserError(f"interventions: {kind}: {amount} is no finite number; give one")
+        raise UserError(f"interventions: {kind}: {amount} is not a finite number; give one")
     places = None if tokens is None else _as_indices(tokens, "tokens")
     return Intervention(position, _as_indices(elements, "elements"), kind, float(amount), places)
 
@@ -107,14 +107,14 @@ def _as_indices(given: Indices, setting: str) -> tuple[int, ...]:
     """One index or several as a tuple, each of them once.
 
     Raises:
-        UserError: They are no whole numbers, or there are none.
+        UserError: They are not whole numbers, or there are none.
     """
     try:
         indices = torch.as_tensor(given)
-    except (TypeError, ValueError, RuntimeError):  # which, depends on what is given
+    except (TypeError, ValueError, RuntimeError):  # depends on what is given
         indices = None
     if indices is not None and indices.numel() == 0:
         raise UserError(f"interventions: {setting}: is empty; name at least one")
     if indices is None or indices.dtype == torch.bool or indices.is_floating_point():
-        raise UserError(f"interventions: {setting}: {given!r} are no indices; give whole numbers")
+        raise UserError(f"interventions: {setting}: {given!r} is not an index; give whole numbers")
     return tuple(dict.fromkeys(indices.flatten().tolist()))

@@ -175,7 +175,7 @@ def test_with_errors_added_and_no_intervention_the_run_is_the_raw_one(
     assert not torch.allclose(logits, run(model, tokens)[0], atol=1e-4)
     assert torch.equal(acts[LAST].output, raw_acts[LAST])
     generated = new_tokens(model, tokens, add_error=True)
-    assert torch.equal(generated, new_tokens(model, tokens, sae_positions=None))
+    assert torch.equal(generated, new_tokens(model, tokens, sae_positions=[]))
 
 
 def test_a_sequence_does_not_depend_on_its_batch(tlens_model: Any, tokens: Tensor):
@@ -300,13 +300,13 @@ def test_changes_of_generated_tokens_show(tlens_model: Any):
     [
         (lambda: ablate(FIRST, []), "elements: is empty; name at least one"),
         (lambda: ablate(FIRST, 1, []), "tokens: is empty; name at least one"),
-        (lambda: ablate(FIRST, 1.5), r"elements: 1.5 are no indices; give whole numbers"),  # type: ignore[arg-type]  # wrong on purpose
-        (lambda: ablate(FIRST, [True]), r"elements: \[True\] are no indices"),
-        (lambda: ablate(FIRST, "all"), "elements: 'all' are no indices"),  # type: ignore[arg-type]  # wrong on purpose
-        (lambda: ablate(FIRST, [2**70]), r"elements: \[1180\d*\] are no indices"),
-        (lambda: set_to(FIRST, 1, float("nan")), "set: nan is no finite number; give one"),
-        (lambda: scale(FIRST, 1, float("inf")), "scale: inf is no finite number"),
-        (lambda: steer(FIRST, 1, float("-inf")), "steer: -inf is no finite number"),
+        (lambda: ablate(FIRST, 1.5), r"elements: 1.5 is not an index; give whole numbers"),  # type: ignore[arg-type]  # wrong on purpose
+        (lambda: ablate(FIRST, [True]), r"elements: \[True\] is not an index"),
+        (lambda: ablate(FIRST, "all"), "elements: 'all' is not an index"),  # type: ignore[arg-type]  # wrong on purpose
+        (lambda: ablate(FIRST, [2**70]), r"elements: \[1180\d*\] is not an index"),
+        (lambda: set_to(FIRST, 1, float("nan")), "set: nan is not a finite number; give one"),
+        (lambda: scale(FIRST, 1, float("inf")), "scale: inf is not a finite number"),
+        (lambda: steer(FIRST, 1, float("-inf")), "steer: -inf is not a finite number"),
     ],
 )
 def test_impossible_intervention_is_rejected(make: Callable[[], object], message: str):
@@ -334,7 +334,7 @@ def test_intervention_that_fits_no_sae_is_rejected(
 def test_intervention_on_an_sae_that_takes_no_part_is_rejected(tlens_model: Any, tokens: Tensor):
     model = model_with(tlens_model, "relu")
     for call in (model.forward, model.generate):
-        with pytest.raises(UserError, match=f"the SAE at '{FIRST}' takes no part in this run"):
+        with pytest.raises(UserError, match=f"the SAE at '{FIRST}' takes no part in this pass"):
             call(tokens, [LAST], interventions=[ablate(FIRST, 0)])
 
 
@@ -357,6 +357,6 @@ def test_given_activations_take_no_interventions(tlens_model: Any, tokens: Tenso
     _, orig_acts = model.forward_raw(tokens)
     for options in ({"interventions": ablate(FIRST, 0)}, {"add_error": True}):
         with pytest.raises(
-            UserError, match=r"orig_acts: leaves out the run, .*; give tokens alone"
+            UserError, match=r"orig_acts: leaves out the pass, .*; give tokens alone"
         ):
             model(None, orig_acts=orig_acts, **options)
