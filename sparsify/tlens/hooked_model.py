@@ -1,20 +1,20 @@
 """Drives a TransformerLens model from one block to another, with hooks.
 
-With `model_loading.py` and `native_model.py`, all that knows TransformerLens versions. 3.9 has
+With `loading.py` and `native_model.py`, all that knows TransformerLens versions. 3.9 has
 `HookedTransformer` and `TransformerBridge`, 4.x has the bridge alone. What differs is evened out
 here:
 
 - Starting at a block: the bridge of 3.9 cannot, that of 4.3 computes the blocks before the start
   too and throws the result away, and `HookedTransformer` forgets attention masks of padding and
-  shortformer positions. So a run begins with the tokens in all of them, and the blocks before the
-  start are replaced, while it lasts, by one that hands on the residual stream it is told.
+  shortformer positions. So a pass begins with the tokens in all of them, and the blocks before the
+  start are replaced, while it lasts, by one that returns the residual stream that was computed.
 - Stopping before a block: the bridge calls the hooks at the start of that block. Where that is
   after the last block, it returns logits instead of the residual stream.
 - Hook names: in the bridge `blocks.3.hook_resid_pre` is an alias, and its hook fires under another
   name. So hooks here are closures that know the name that was asked for.
 
 The residual stream *between* two blocks has two hook points, `hook_resid_post` of the one and
-`hook_resid_pre` of the other. When a run starts or ends there, the block that owns the hook point
+`hook_resid_pre` of the other. When a pass starts or ends there, the block that owns the hook point
 is not run, and the hook is called by `run` itself.
 """
 
@@ -33,6 +33,7 @@ from sparsify.settings.base_config import UserError
 from sparsify.tlens.fused_attention import FusedAttention
 from sparsify.tlens.fused_blocks import FusedBlocks, fused_norm
 from sparsify.tlens.hook_names import BLOCK_END, BLOCK_START
+from sparsify.tlens.text import TokensOrText, as_tokens, check_not_padded
 
 Hook = Callable[[Tensor], Tensor | None]
 """Takes the activation at a hook point. What it returns, if anything, replaces the activation."""
@@ -89,14 +90,14 @@ class HookedModel:
     def run(
         self, prefix: Prefix, hooks: Mapping[str, Hook], stop: int, *, fused: bool = True
     ) -> Float[Tensor, "batch pos d_model"]:
-        """Run on from `prefix` to block `stop - 1` and return the residual stream after it.
+        """Run the blocks after `prefix` up to `stop - 1`; return the residual stream after them.
 
         Args:
             prefix: The tokens, and the blocks that have run.
-            hooks: By hook point. Those at the residual stream where the run starts and ends are
+            hooks: By hook point. Those at the residual stream where the pass starts and ends are
                 called too; no hook must lie before the start.
             stop: Block before which to stop; the number of blocks runs all of them.
-            fused: Whether blocks may be fused, which is faster and equal but for rounding.
+            fused: Whether blocks may be fused, which is faster and equal except for rounding.
         """
         with ExitStack() as stack:
             if prefix.resid is not None:
@@ -120,19 +121,24 @@ class HookedModel:
     def run_with_logits(
         self, tokens: Int[Tensor, "batch pos"], hooks: Mapping[str, Hook]
     ) -> Float[Tensor, "batch pos d_vocab"]:
-        """The whole model, as its own `forward` runs it."""
+        """Logits of the whole model, as its own `forward` computes them."""
         with self.hooked(hooks):
             return self.model(tokens)
 
     def generate(
         self,
-        input: str | Int[Tensor, "batch pos"],
+        input: TokensOrText,
         hooks: Mapping[str, Hook],
         **kwargs: Any,  # what the model's `generate` takes
-    ) -> str | Int[Tensor, "batch new_pos"]:
-        """The model's own `generate`, without its progress bar."""
+    ) -> str | list[str] | Int[Tensor, "batch new_pos"]:
+        """The model's own `generate`, without its progress bar.
+
+        It pads the shorter of several texts at their start, and masks that.
+        """
         kwargs = {"verbose": False, "max_new_tokens": 10, **kwargs}
-        prompt = self.model.to_tokens(input) if isinstance(input, str) else input
+        prompt = as_tokens(self.model, input)
+        if isinstance(input, Tensor):
+            check_not_padded(self.model, prompt)
         # The last token is written, but not read.
         self.check_length(prompt.shape[-1] + kwargs["max_new_tokens"] - 1)
         if self.is_bridge:
@@ -151,7 +157,7 @@ class HookedModel:
 
     @property
     def unembed(self) -> Unembedding:
-        """From final residual streams to logits."""
+        """Function from final residual streams to logits."""
         model, fused = self.model, self.fused_blocks
         # A model without norms has none here either.
         ln_final = getattr(model, "ln_final", nn.Identity())
@@ -163,7 +169,7 @@ class HookedModel:
             return ln_final(resid.reshape(1, -1, resid.shape[-1])).reshape(resid.shape)
 
         bias = model.unembed.b_U
-        # On a CPU to add a bias takes a pass over all logits, and many models have none but zeros.
+        # On a CPU adding a bias takes a pass over all logits, and many models have only zeros.
         if bias.device.type == "cpu" and not bias.any():
             bias = None
         transform = self._logit_transform()
@@ -269,7 +275,7 @@ class HookedModel:
                 del vars(block)["forward"]
 
     def _count_more_outputs(self) -> int | None:
-        """How many things a block returns after the residual stream. None: it is no tuple."""
+        """Number of things that a block returns after the residual stream. None: not a tuple."""
         outputs: list[object] = []
         block = self.model.blocks[0]
         handle = block.register_forward_hook(lambda *call: outputs.append(call[-1]))
@@ -295,7 +301,7 @@ class HookedModel:
         return resid
 
 
-class _ReachedFinalNorm(Exception):  # noqa: N818 (no error, but a way out)
+class _ReachedFinalNorm(Exception):  # noqa: N818 (not an error, but a way out)
     """Carries the final residual stream out of a bridge before it makes logits."""
 
     def __init__(self, resid: Tensor) -> None:
