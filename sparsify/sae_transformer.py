@@ -17,17 +17,20 @@ from sparsify.settings.base_config import UserError, validate_config
 from sparsify.splicing.edits import Edit
 from sparsify.splicing.hooks import cache_hooks, check_fired, keep_hooks, splice_hooks
 from sparsify.splicing.interventions import Intervention
-from sparsify.splicing.positions import act_widths, reads_of
+from sparsify.splicing.positions import act_widths, as_names, check_have_saes, reads_of
 from sparsify.splicing.sae_dict import SAEDict
 from sparsify.tlens.hook_names import check_hook_names, stop_block
 from sparsify.tlens.hooked_model import Hook, HookedModel, Prefix, TLensModel
+from sparsify.tlens.text import TokensOrText, as_tokens, check_equal_lengths
+from sparsify.tlens.tlens_names import TLensNames, as_model
 
 
-class SAETransformer(nn.Module):
+class SAETransformer(nn.Module, TLensNames):
     """A frozen language model, and trainable SAEs that can stand in for its activations.
 
     Args:
-        tlens_model: `HookedTransformer` or `TransformerBridge`. Its parameters are frozen.
+        tlens_model: `HookedTransformer` or `TransformerBridge`, or the name of a model, which is
+            then loaded with folded layer norms. Its parameters are frozen.
         raw_sae_positions: Full names of the hook points that get an SAE, or a single one. An
             activation with a dimension for heads (`hook_z`) is flattened over heads.
         dict_size_to_input_ratio: Dictionary elements per dimension of the activation, for ReLU
@@ -37,14 +40,14 @@ class SAETransformer(nn.Module):
             `raw_sae_positions`, where they write. None: SAEs read where they write.
 
     Raises:
-        UserError: A position repeats, is not a hook point, or has no activation vector per token,
-            what a transcoder reads does not come before what it writes, or both or none of
-            `dict_size_to_input_ratio` and `sae` are given.
+        UserError: There is no such model, a position repeats, is not a hook point, or has no
+            activation vector per token, what a transcoder reads does not come before what it
+            writes, or both or none of `dict_size_to_input_ratio` and `sae` are given.
     """
 
     def __init__(
         self,
-        tlens_model: TLensModel,
+        tlens_model: TLensModel | str,
         raw_sae_positions: Sequence[str] | str,
         dict_size_to_input_ratio: float | None = None,
         *,
@@ -54,18 +57,17 @@ class SAETransformer(nn.Module):
         super().__init__()
         if (dict_size_to_input_ratio is None) == (sae is None):
             raise UserError("give either dict_size_to_input_ratio or sae, and not both")
-        if dict_size_to_input_ratio is not None:
+        if sae is None:
             sizes = {"dict_size_to_input_ratio": dict_size_to_input_ratio}
             sae = validate_config(ReLUSAEConfig, sizes, "the SAE")
-        assert sae is not None
-        self.tlens_model: TLensModel = tlens_model.eval().requires_grad_(False)
-        self.hooked_model = HookedModel(tlens_model)
-        positions = _names(raw_sae_positions, [])
-        reads = reads_of(sae, positions, _names(read_positions, []))
+        self.tlens_model = as_model(tlens_model).eval().requires_grad_(False)
+        self.hooked_model = HookedModel(self.tlens_model)
+        positions = as_names(raw_sae_positions)
+        reads = reads_of(sae, positions, as_names(read_positions))
         widths = act_widths(self.hooked_model, positions, reads)
         self.raw_sae_positions = [position for position in widths if position in positions]
         self.reads = {position: reads[position] for position in self.raw_sae_positions}
-        """The hook point that each SAE reads, which is where it writes but for a transcoder."""
+        """The hook point that each SAE reads: the one where it writes, except for transcoders."""
         self.saes = SAEDict(
             {
                 position: build_sae(sae, d_act=widths[self.reads[position]], d_out=widths[position])
@@ -74,50 +76,44 @@ class SAETransformer(nn.Module):
         )
         self.saes.to(self.device)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the model is, and its SAEs."""
-        return next(self.tlens_model.parameters()).device
-
     def forward_raw(
         self,
-        tokens: Int[Tensor, "batch pos"],
+        tokens: TokensOrText,
         run_entire_model: bool = True,
         final_layer: int | None = None,
         cache_positions: Sequence[str] | str | None = None,
     ) -> tuple[Float[Tensor, "batch pos d_vocab"] | None, dict[str, Tensor]]:
-        """Run the model as it was.
+        """Run the model without SAEs.
 
         Args:
-            tokens: Token ids.
-            run_entire_model: Whether to go on to the logits.
+            tokens: Token ids, or text as in `forward`.
+            run_entire_model: Whether to run as far as the logits.
             final_layer: Block before which to stop if not `run_entire_model`. None: as soon as all
                 activations are there.
-            cache_positions: Hook points to keep besides the SAEs' own. None: no others.
+            cache_positions: Hook points to keep in addition to the SAEs' own. None: no others.
 
         Returns:
-            Logits, None if the run stopped before; the activation at each hook point.
+            Logits, None if the pass stopped before; the activation at each hook point.
         """
-        self.hooked_model.check_length(tokens.shape[-1])
+        ids = self._read_tokens(tokens)
         acts: dict[str, Tensor] = {}
-        positions = [*self.reads.values(), *self.raw_sae_positions, *_names(cache_positions, [])]
-        check_hook_names(positions, self.tlens_model.hook_dict, "cache_positions")
+        positions = [*self.reads.values(), *self.raw_sae_positions, *as_names(cache_positions)]
+        check_hook_names(positions, self.hook_dict, "cache_positions")
         hooks = keep_hooks(positions, acts)
         logits = None
         if run_entire_model:
-            logits = self.hooked_model.run_with_logits(tokens, hooks)
+            logits = self.hooked_model.run_with_logits(ids, hooks)
         else:
-            stops = map(stop_block, positions)
-            stop = max(stops) if final_layer is None else final_layer
-            self.hooked_model.run(Prefix(tokens), hooks, stop, fused=False)
+            stop = max(map(stop_block, positions)) if final_layer is None else final_layer
+            self.hooked_model.run(Prefix(ids), hooks, stop, fused=False)
         if final_layer is None:
             check_fired(positions, acts)
         return logits, acts
 
     def forward(
         self,
-        tokens: Int[Tensor, "batch pos"] | None,
-        sae_positions: Sequence[str] | str | None = None,
+        tokens: TokensOrText | None,
+        sae_positions: Sequence[str] | str | None = "all",
         cache_positions: Sequence[str] | str | None = None,
         orig_acts: Mapping[str, Tensor] | None = None,
         *,
@@ -127,9 +123,10 @@ class SAETransformer(nn.Module):
         """Run the model with SAEs in place of activations.
 
         Args:
-            tokens: Token ids. May be None if `orig_acts` is given.
-            sae_positions: Positions whose SAE takes part. None or "all": each.
-            cache_positions: Hook points to keep besides. None: no others.
+            tokens: Token ids, or one text or several, of which the shorter are padded at their end.
+                May be None if `orig_acts` is given.
+            sae_positions: Positions whose SAE takes part. "all" or None: each. Empty: none.
+            cache_positions: Hook points to keep in addition. None: no others.
             orig_acts: Raw activations by position. The model is then not run at all: each SAE reads
                 its own entry, and there are no logits.
             interventions: Changes to what SAEs write, one after another.
@@ -151,41 +148,68 @@ class SAETransformer(nn.Module):
             return None, self.saes.read_given(reads, orig_acts)
         if tokens is None:
             raise ValueError("tokens may only be None if orig_acts is given")
-        self.hooked_model.check_length(tokens.shape[-1])
-        others = _names(cache_positions, [])
-        check_hook_names(others, self.tlens_model.hook_dict, "cache_positions")
+        ids = self._read_tokens(tokens)
+        others = as_names(cache_positions)
+        check_hook_names(others, self.hook_dict, "cache_positions")
         acts = Acts()
         hooks = self.splice_hooks(positions, acts.__setitem__, cache_hooks(others, acts), edit)
-        logits = self.hooked_model.run_with_logits(tokens, hooks)
+        logits = self.hooked_model.run_with_logits(ids, hooks)
         check_fired(others, acts)
         return logits, acts
+
+    def run_with_cache(
+        self,
+        tokens: TokensOrText,
+        *,
+        sae_positions: Sequence[str] | str | None = "all",
+        names_filter: Sequence[str] | str | Callable[[str], bool] | None = None,
+        **kwargs: Any,  # what TransformerLens's run_with_cache takes
+    ) -> tuple[Any, Any]:
+        """Logits of the pass with SAEs, and its activations as TransformerLens caches them.
+
+        Where an SAE writes, the cache holds what it wrote. `forward` also returns its code.
+
+        Args:
+            tokens: As in `forward`.
+            sae_positions: As in `forward`.
+            names_filter: Hook points to cache, or a function that is true for them. None: all.
+            **kwargs: Passed on: `remove_batch_dim`, `return_type`, ...
+        """
+        if names_filter is not None and not callable(names_filter):
+            names_filter = as_names(names_filter)
+            check_hook_names(names_filter, self.hook_dict, "names_filter")
+        ids, hooks = self._read_tokens(tokens), self.splice_hooks(self.chosen(sae_positions))
+        with self.hooked_model.hooked(hooks):
+            return self.tlens_model.run_with_cache(ids, names_filter=names_filter, **kwargs)
 
     # No inference mode: what a model extends or caches in a call must serve training too.
     @torch.no_grad()
     def generate(
         self,
-        input: str | Int[Tensor, "batch pos"],
+        input: TokensOrText,
         sae_positions: Sequence[str] | str | None = "all",
         *,
         interventions: Sequence[Intervention] | Intervention = (),
         add_error: bool = False,
         max_new_tokens: int = 10,
         **kwargs: Any,  # what TransformerLens's generate takes
-    ) -> str | Int[Tensor, "batch new_pos"]:
-        """Continue a text or tokens, as TransformerLens's `generate` does.
+    ) -> str | list[str] | Int[Tensor, "batch new_pos"]:
+        """Continue texts or tokens, as TransformerLens's `generate` does.
 
         Args:
-            input: Prompt.
-            sae_positions: Positions whose SAE takes part, or "all". None: the model as it was.
+            input: Prompt, or several. Texts may differ in length.
+            sae_positions: As in `forward`. Empty: the model without SAEs.
             interventions: As in `forward`. Their tokens are counted from the start of the prompt,
                 its BOS token included, and on through what is generated.
             add_error: As in `forward`.
             max_new_tokens: How many tokens to add at most.
             **kwargs: Passed on: `temperature`, `top_k`, `do_sample`, ...
         """
-        positions = self.chosen([] if sae_positions is None else sae_positions)
+        positions = self.chosen(sae_positions)
         edit = self.edit(positions, interventions, add_error, max_new_tokens)
-        hooks = self.splice_hooks(positions, lambda position, acts: None, edit=edit)
+        if edit is not None and edit.names_tokens:
+            check_equal_lengths(self.tlens_model, input)
+        hooks = self.splice_hooks(positions, edit=edit)
         with eval_mode(self):
             return self.hooked_model.generate(input, hooks, max_new_tokens=max_new_tokens, **kwargs)
 
@@ -195,17 +219,13 @@ class SAETransformer(nn.Module):
         self.tlens_model.eval()
         return self
 
-    def to_tokens(self, text: str | list[str]) -> Int[Tensor, "batch pos"]:
-        """Tokens of a text, with a BOS token where the model's tokenizer has one."""
-        return self.tlens_model.to_tokens(text)
-
     def _apply(self, *args: Any, **kwargs: Any) -> "SAETransformer":  # what nn.Module takes
         # `to`, `cuda`, `double`, ... all move and cast by this method.
         super()._apply(*args, **kwargs)
         parameter = next(self.tlens_model.parameters())
         # TransformerLens makes tokens and caches where its config says the model is.
-        self.tlens_model.cfg.device = str(parameter.device)
-        self.tlens_model.cfg.dtype = parameter.dtype
+        self.cfg.device = str(parameter.device)
+        self.cfg.dtype = parameter.dtype
         return self
 
     @staticmethod
@@ -215,6 +235,7 @@ class SAETransformer(nn.Module):
         Raises:
             UserError: There is no run, checkpoint or device, or they do not fit together.
         """
+        # `runs` builds on this module, which knows it only here, for the name that users type.
         from sparsify.runs.saved import load_run
 
         return load_run(Path(path), device)
@@ -222,33 +243,33 @@ class SAETransformer(nn.Module):
     def splice_hooks(
         self,
         positions: Iterable[str],
-        observe: Callable[[str, SAEActs], None],
+        observe: Callable[[str, SAEActs], None] | None = None,
         others: Mapping[str, Hook] = MappingProxyType({}),
         edit: Callable[[str, SAEActs], SAEActs] | None = None,
     ) -> dict[str, Hook]:
-        """Hooks that put SAEs in place, and show what each did as it happens.
+        """Hooks that put SAEs in place, and show `observe` what each did as it happens.
 
         Nothing else is kept: what `observe` does not keep is freed at once. What an SAE made is
-        first changed by `edit`, if there is one.
+        first replaced by what `edit` returns for it, if there is one.
         """
 
         def read(position: str, act: Tensor, replaced: Tensor | None) -> SAEActs:
             acts = self.saes.read(position, act, replaced)
             if edit is not None:
                 acts = edit(position, acts)
-            observe(position, acts)
+            if observe is not None:
+                observe(position, acts)
             return acts
 
-        return splice_hooks(
-            {position: self.reads[position] for position in positions}, read, others
-        )
+        reads = {position: self.reads[position] for position in positions}
+        return splice_hooks(reads, read, others)
 
     def chosen(self, sae_positions: Sequence[str] | str | None) -> list[str]:
-        """Positions whose SAE takes part, each of which has one. None or "all": each."""
-        every = self.raw_sae_positions
-        positions = every if sae_positions == "all" else _names(sae_positions, every)
-        self._check_have_saes(positions)
-        return positions
+        """Positions whose SAE takes part, each of which has one. "all" or None: each."""
+        if sae_positions is None or sae_positions == "all":
+            return self.raw_sae_positions
+        check_have_saes(as_names(sae_positions), self.raw_sae_positions, "sae_positions")
+        return as_names(sae_positions)
 
     def edit(
         self,
@@ -262,21 +283,13 @@ class SAETransformer(nn.Module):
             interventions = [interventions]
         if not interventions and not add_error:
             return None
-        self._check_have_saes([one.position for one in interventions], "interventions")
+        writes = [intervention.position for intervention in interventions]
+        check_have_saes(writes, self.raw_sae_positions, "interventions")
         return Edit(
             interventions, self.saes, positions, add_error=add_error, n_new_tokens=n_new_tokens
         )
 
-    def _check_have_saes(self, positions: Iterable[str], setting: str = "sae_positions") -> None:
-        for position in positions:
-            if position not in self.raw_sae_positions:
-                raise UserError(
-                    f"{setting}: there is no SAE at '{position}', only at "
-                    f"{', '.join(self.raw_sae_positions)}"
-                )
-
-
-def _names(positions: Sequence[str] | str | None, default: list[str]) -> list[str]:
-    if positions is None:
-        return default
-    return [positions] if isinstance(positions, str) else list(positions)
+    def _read_tokens(self, input: TokensOrText) -> Int[Tensor, "batch pos"]:
+        tokens = as_tokens(self.tlens_model, input)
+        self.hooked_model.check_length(tokens.shape[-1])
+        return tokens

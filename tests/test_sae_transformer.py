@@ -174,10 +174,18 @@ def test_only_the_named_saes_take_part(tlens_model: Any, tokens: Tensor):
     _, orig_acts = model.forward_raw(tokens)
     torch.testing.assert_close(acts[last].input, orig_acts[last], rtol=0, atol=0)
     assert not torch.allclose(logits, bare)
-    assert torch.equal(model(tokens, sae_positions="all")[0], model(tokens)[0])
     logits, acts = model(tokens, sae_positions=[])
     assert acts == {}
     assert torch.equal(logits, bare)
+
+
+def test_all_saes_take_part_unless_some_are_named(tlens_model: Any, tokens: Tensor):
+    model = build(tlens_model, ALL)
+    spliced, generated = model(tokens)[0], new_tokens(model, tokens)
+    for every in ("all", None, ALL):
+        assert torch.equal(model(tokens, sae_positions=every)[0], spliced)
+        assert torch.equal(new_tokens(model, tokens, sae_positions=every), generated)
+    assert not torch.equal(new_tokens(model, tokens, sae_positions=[]), generated)
 
 
 def test_sae_is_found_by_its_position(tlens_model: Any):
@@ -238,7 +246,7 @@ def new_tokens(model: SAETransformer, tokens: Tensor, **options: Any) -> Tensor:
 def test_generation_without_saes_is_the_bare_models(tlens_model: Any, tokens: Tensor):
     expected = continue_greedily(tlens_model, tokens)
     model = build(tlens_model, ALL)
-    assert torch.equal(new_tokens(model, tokens, sae_positions=None), expected)
+    assert torch.equal(new_tokens(model, tokens, sae_positions=[]), expected)
     put_saes(model, IdentitySAE)
     assert torch.equal(new_tokens(model, tokens), expected)
     # What TransformerLens makes of its own position embeddings when it caches is another matter.

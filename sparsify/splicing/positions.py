@@ -1,6 +1,6 @@
-"""Where SAEs read and write, and how wide the activations are there."""
+"""Positions where SAEs read and write, and how wide the activations are there."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import prod
 
 from torch import nn
@@ -11,13 +11,29 @@ from sparsify.tlens.hook_names import check_hook_names
 from sparsify.tlens.hooked_model import HookedModel
 
 
+def as_names(given: Sequence[str] | str | None) -> list[str]:
+    """Names as a list, of which a single one may stand alone. None: no names."""
+    if given is None:
+        return []
+    return [given] if isinstance(given, str) else list(given)
+
+
+def check_have_saes(positions: Iterable[str], existing: Collection[str], setting: str) -> None:
+    """Raise a `UserError` that names `setting` if there is no SAE at one of the positions."""
+    for position in positions:
+        if position not in existing:
+            raise UserError(
+                f"{setting}: there is no SAE at '{position}', only at {', '.join(existing)}"
+            )
+
+
 def reads_of(sae: SAEConfig, positions: list[str], sources: list[str]) -> dict[str, str]:
-    """The hook point that each SAE reads, by that where it writes.
+    """The hook point that each SAE reads, by the one where it writes.
 
     Args:
         sae: Config of the SAEs.
-        positions: Where they write.
-        sources: What transcoders read, in the same order. Empty for other kinds.
+        positions: Hook points where they write.
+        sources: Hook points that transcoders read, in the same order. Empty for other kinds.
 
     Raises:
         UserError: The sources do not suit the kind or the positions.
