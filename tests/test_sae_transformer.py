@@ -8,7 +8,8 @@ from torch import Tensor
 
 from sparsify import SAETransformer
 from sparsify.evaluation.evaluate import evaluate
-from sparsify.losses.loss import LossConfig, total_loss
+from sparsify.losses.loss import LossConfig
+from sparsify.losses.total import total_loss
 from sparsify.saes.acts import CacheActs, SAEActs
 from sparsify.saes.base import SAE
 from sparsify.saes.config import ReLUSAEConfig

@@ -4,17 +4,12 @@ They need neither the spliced pass nor logits, and do not measure how well an ou
 an activation.
 """
 
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import NonNegativeInt, model_validator
 
 from sparsify.losses.terms import CoeffTerm
 from sparsify.settings.base_config import Count, PositiveFinite
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from sparsify.losses.passes import Passes
 
 
 class CodeTerm(CoeffTerm):
@@ -41,21 +36,6 @@ class SparsityLoss(CodeTerm):
     """Samples over which the target moves to target_l0, by equal factors, from what L0 is at first.
     Where elements that have stopped firing hardly come back, as in JumpReLU SAEs, L0 must not fall
     below its target."""
-
-    def calc(self, passes: "Passes") -> "dict[str, Tensor]":
-        """See `sparsify.losses.functions.sparsity` and its neighbours."""
-        from sparsify.losses.functions import active_share, concave_sparsity, sparsity
-
-        values: dict[str, Tensor] = {}
-        for position, acts in passes.sae_acts.items():
-            c, d_act = acts.penalised, acts.input.shape[-1]
-            if self.penalty == "l0":
-                values[position] = active_share(passes.saes[position], acts)
-            elif self.penalty == "p_norm":
-                values[position] = sparsity(c, d_act, self.p_norm)
-            else:
-                values[position] = concave_sparsity(c / self.scale, d_act, self.penalty)
-        return values
 
     @model_validator(mode="after")
     def _settings_are_of_the_penalty(self) -> Self:
@@ -93,26 +73,8 @@ class AuxKLoss(CodeTerm):
     k: Count | None = None
     """Dead elements used on a token. null: half the width of the activation, as in the paper."""
 
-    def calc(self, passes: "Passes") -> "dict[str, Tensor]":
-        """See `sparsify.losses.dead.aux_k`."""
-        from sparsify.losses.dead import aux_k
-
-        return {
-            position: aux_k(passes.saes[position], acts, passes.dead[position], self.k)
-            for position, acts in passes.sae_acts.items()
-        }
-
 
 class PreActLoss(CodeTerm):
     """How far pre-activations of dead JumpReLU elements are below their thresholds."""
 
     needs_dead: ClassVar[bool] = True
-
-    def calc(self, passes: "Passes") -> "dict[str, Tensor]":
-        """See `sparsify.losses.dead.pre_act`."""
-        from sparsify.losses.dead import pre_act
-
-        return {
-            position: pre_act(passes.saes[position], acts, passes.dead[position])
-            for position, acts in passes.sae_acts.items()
-        }

@@ -16,8 +16,7 @@ is divided by its variance if `normalised`, and for SAEs with other outputs (`Pa
 errors of these are added. The terms are in `terms.py` and `code_terms.py`.
 """
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from pydantic import model_validator
 
@@ -32,17 +31,6 @@ from sparsify.losses.terms import (
 )
 from sparsify.saes.config import SAEConfig, kinds_where
 from sparsify.settings.base_config import BaseConfig
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from sparsify.losses.passes import Passes
-
-Factor = Callable[[str, str], "float | Tensor"]
-"""By term and position ("" if it has none): what its coefficient is multiplied by at the time."""
-
-KL_EPS = 1e-8
-"""Added to a KL that is divided by, as Karvonen 2025 does."""
 
 
 class LossConfig(BaseConfig):
@@ -128,75 +116,3 @@ def check_loss_suits_kind(losses: LossConfig, sae: SAEConfig) -> None:
             f"loss.aux_k: elements of kind '{sae.kind}' have no pre-activations; set it to null, "
             "and take resampling"
         )
-
-
-def total_loss(
-    losses: LossConfig, passes: "Passes", factor: Factor = lambda term, position: 1.0
-) -> "tuple[Tensor, dict[str, Tensor]]":
-    """The weighted sum of all terms, and the value of each without its coefficient.
-
-    Where SAEs have other outputs, the errors of these are added, with their weights.
-
-    Args:
-        losses: Terms and their coefficients.
-        passes: What they are computed from.
-        factor: What coefficients are multiplied by.
-
-    Returns:
-        The scalar to minimise, and detached values keyed `<term>/<position>`, or `<term>` for a
-        term that has no position; those of other outputs begin with `other_outputs/`.
-    """
-    import torch
-
-    terms = losses.terms()
-    values = {name: _values(term, passes) for name, term in terms.items()}
-    logged = {
-        f"{name}/{position}" if position else name: value.detach()
-        for name, by_position in values.items()
-        for position, value in by_position.items()
-    }
-    balance = _balance(losses, values)
-    if balance is not None:
-        logged["logits_kl_balance"] = balance
-
-    def weighted(name: str, by_position: "dict[str, Tensor]") -> "Tensor":
-        coeff = terms[name].position_coeff
-        if coeff == 0:
-            return torch.zeros(())
-        part = sum(
-            (coeff * factor(name, position) * value for position, value in by_position.items()),
-            torch.zeros(()),
-        )
-        return part if balance is None or name != "logits_kl" else balance * part
-
-    total = sum((weighted(name, part) for name, part in values.items()), torch.zeros(()))
-    for weight, other in passes.others:
-        for name, term in terms.items():
-            if term.measures_error:
-                part = _values(term, other)
-                total = total + weight * weighted(name, part)
-                logged |= {
-                    f"other_outputs/{name}{position and '/'}{position}": value.detach()
-                    for position, value in part.items()
-                }
-    return total, logged
-
-
-def _values(term: LossTerm, passes: "Passes") -> "dict[str, Tensor]":
-    import torch
-
-    with torch.set_grad_enabled(torch.is_grad_enabled() and term.position_coeff > 0):
-        return term.calc(passes)
-
-
-def _balance(losses: LossConfig, values: "dict[str, dict[str, Tensor]]") -> "Tensor | None":
-    """The ratio of the error that the KL is balanced with to the KL. None: it is not balanced."""
-    import torch
-
-    name = losses.logits_kl.balance_with if losses.logits_kl else None
-    if name is None:
-        return None
-    errors = torch.stack(list(values[name].values()))
-    error = errors.mean() if name == "in_to_orig" else errors.sum()
-    # Below zero by rounding, if at all.
-    return (error / (values["logits_kl"][""].clamp(min=0) + KL_EPS)).detach()

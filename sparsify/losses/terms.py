@@ -9,17 +9,12 @@ that a config can be read without loading torch.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
 from sparsify.settings.base_config import BaseConfig
 from sparsify.tlens.hook_names import HookNames
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from sparsify.losses.passes import Passes
 
 Coeff = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -82,10 +77,6 @@ class LossTerm(BaseConfig, ABC):
         """Positions at which the spliced pass must keep activations, beyond what the SAEs keep."""
         return []
 
-    @abstractmethod
-    def calc(self, passes: "Passes") -> "dict[str, Tensor]":
-        """Scalar by position, without the coefficient. The key is "" if it has no position."""
-
 
 class CoeffTerm(LossTerm):
     """A term whose coefficient weighs the value at each position."""
@@ -108,14 +99,6 @@ class OutToInLoss(CoeffTerm):
 
     needs_spliced_pass: ClassVar[bool] = False
 
-    def calc(self, passes: "Passes") -> "dict[str, Tensor]":
-        """See `sparsify.losses.functions.mse`."""
-        from sparsify.losses.functions import mse
-
-        return {
-            position: mse(acts.output, acts.target) for position, acts in passes.sae_acts.items()
-        }
-
 
 class OutToOrigLoss(CoeffTerm):
     """Mean squared error between what an SAE writes and the raw activation at its position.
@@ -126,15 +109,6 @@ class OutToOrigLoss(CoeffTerm):
     def raw_positions(self, sae_positions: Sequence[str]) -> list[str]:
         """Those of the SAEs."""
         return list(sae_positions)
-
-    def calc(self, passes: "Passes") -> "dict[str, Tensor]":
-        """See `sparsify.losses.functions.mse`."""
-        from sparsify.losses.functions import mse
-
-        return {
-            position: mse(acts.output, passes.orig_acts[position].detach())
-            for position, acts in passes.sae_acts.items()
-        }
 
 
 class InToOrigLoss(LossTerm):
@@ -173,16 +147,6 @@ class InToOrigLoss(LossTerm):
         """The hook positions, as far as no SAE keeps them."""
         return [position for position in self.hook_positions if position not in sae_positions]
 
-    def calc(self, passes: "Passes") -> "dict[str, Tensor]":
-        """See `sparsify.losses.functions.mse` and `normalised_mse`."""
-        from sparsify.losses.functions import mse, normalised_mse
-
-        error = normalised_mse if self.normalised else mse
-        return {
-            position: error(passes.arriving(position), passes.orig_acts[position].detach())
-            for position in self.hook_positions
-        }
-
 
 class LogitsKLLoss(CoeffTerm):
     """KL(orig || new) of the distributions over the next token, in nats per token."""
@@ -195,34 +159,8 @@ class LogitsKLLoss(CoeffTerm):
     which has no gradient (Karvonen 2025). The error is summed over positions, or for in_to_orig
     averaged, as in the loss. null: the KL is taken as it is."""
 
-    def calc(self, passes: "Passes") -> "dict[str, Tensor]":
-        """See `sparsify.kernels.chunked.chunked_kl`."""
-        from sparsify.kernels.chunked import chunked_kl
-
-        assert passes.orig_resid is not None
-        assert passes.new_resid is not None
-        assert passes.unembed is not None
-        return {"": chunked_kl(passes.orig_resid, passes.new_resid, passes.unembed)}
-
 
 class NextTokenCELoss(CoeffTerm):
     """Cross-entropy of the spliced model's next token, in nats per token that has a next one."""
 
     needs_logits: ClassVar[bool] = True
-
-    def calc(self, passes: "Passes") -> "dict[str, Tensor]":
-        """See `sparsify.kernels.chunked.chunked_cross_entropy`."""
-        from sparsify.kernels.chunked import chunked_cross_entropy
-        from sparsify.losses.passes import NO_TARGET
-
-        assert passes.new_resid is not None
-        assert passes.unembed is not None
-        assert passes.next_tokens is not None
-        if (
-            passes.next_tokens.ndim == 2
-        ):  # all tokens of each sequence, of which the last has no next
-            resid, targets = passes.new_resid[:, :-1], passes.next_tokens[:, :-1]
-        else:
-            has_next = passes.next_tokens != NO_TARGET
-            resid, targets = passes.new_resid[has_next], passes.next_tokens[has_next]
-        return {"": chunked_cross_entropy(resid, targets, passes.unembed)}

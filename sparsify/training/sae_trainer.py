@@ -7,8 +7,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from sparsify.losses.loss import LossConfig, total_loss
+from sparsify.losses.loss import LossConfig
 from sparsify.losses.passes import Passes
+from sparsify.losses.total import total_loss
 from sparsify.saes.base import SAE
 from sparsify.settings.base_config import UserError
 from sparsify.training.batch_loss import BatchLoss

@@ -3,8 +3,9 @@ import torch
 from torch import Tensor
 
 from sparsify.losses.dead import aux_k, pre_act
-from sparsify.losses.loss import LossConfig, total_loss
+from sparsify.losses.loss import LossConfig
 from sparsify.losses.passes import Passes
+from sparsify.losses.total import total_loss
 from sparsify.saes.acts import SAEActs
 from sparsify.saes.jumprelu import JumpReLUSAE
 from sparsify.saes.linear import LinearSAE

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from sparsify.evaluation.evaluate import evaluate
 from sparsify.losses.ignored_tokens import IgnoredTokens
-from sparsify.losses.loss import LossConfig, total_loss
+from sparsify.losses.loss import LossConfig
 from sparsify.losses.passes import Passes
+from sparsify.losses.total import total_loss
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.acts import SAEActs
 from sparsify.saes.config import MatryoshkaSAEConfig, ReLUSAEConfig, SAEConfig

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sparsify import SAETransformer
-from sparsify.losses.loss import total_loss
+from sparsify.losses.total import total_loss
 from sparsify.runs import sinks
 from sparsify.scripts.train_tlens_saes.run_train_tlens_saes import main
 from sparsify.scripts.train_tlens_saes.sae_run import SAERun

@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsify.losses.loss import LossConfig, total_loss
+from sparsify.losses.loss import LossConfig
 from sparsify.losses.passes import Passes
+from sparsify.losses.total import total_loss
 from sparsify.runs.weight_files import load_state, save_state
 from sparsify.saes.acts import SAEActs
 from sparsify.training.coefficients import Coefficients, L0Controller

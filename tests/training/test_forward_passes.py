@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsify.losses.loss import LossConfig, total_loss
+from sparsify.losses.loss import LossConfig
 from sparsify.losses.passes import Passes
+from sparsify.losses.total import total_loss
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.base import SAE
 from sparsify.saes.config import (

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsify.kernels.unembedding import Unembedding
-from sparsify.losses.loss import LossConfig, total_loss
+from sparsify.losses.loss import LossConfig
+from sparsify.losses.total import total_loss
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.acts import SAEActs
 from sparsify.settings.base_config import UserError

@@ -26,7 +26,7 @@ _PLAIN_WAYS: dict[str, list[Any]] = {
     "shared-prefix": [
         patch.object(HookedModel, "prefix", lambda self, tokens, n_blocks: Prefix(tokens))
     ],
-    "chunked-kl": [patch("sparsify.kernels.chunked.chunked_kl", full_kl)],
+    "chunked-kl": [patch("sparsify.losses.values.chunked_kl", full_kl)],
     "fused-blocks": [
         patch.object(FusedBlocks, "is_plain", lambda self: False),
         patch.object(FusedAttention, "is_free", lambda self, part: False),
@@ -42,7 +42,7 @@ _PLAIN_WAYS: dict[str, list[Any]] = {
             lambda parameters, lr, fused: Adam(parameters, lr=lr),
         ),
     ],
-    "sum-of-code": [patch("sparsify.losses.functions.sparsity", _norm_of_code)],
+    "sum-of-code": [patch("sparsify.losses.values.sparsity", _norm_of_code)],
 }
 assert set(_PLAIN_WAYS) == set(TECHNIQUES)
 
