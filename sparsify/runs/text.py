@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from sparsify.data.config import DataConfig
 from sparsify.data.loader import TokenLoader, build_loader, check_tokenizer
 from sparsify.evaluation.evaluate import Kept
+from sparsify.losses.kept import kept_mask
 from sparsify.runs.config import SAERunConfig
 from sparsify.settings.base_config import UserError
 from sparsify.tlens.hooked_model import TLensModel
@@ -51,7 +52,7 @@ def kept_tokens(config: SAERunConfig, model: TLensModel) -> Kept | None:
     tokenizer = find_tokenizer(config.train_data, model)
     token = None if tokenizer is None else bos_token(tokenizer)
     ignored.check(token)
-    return lambda tokens: ignored.kept(tokens, token)
+    return lambda tokens: kept_mask(tokens, ignored, token)
 
 
 def load_eval_batches(config: SAERunConfig, model: TLensModel) -> list[Tensor]:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from sparsify.evaluation.evaluate import evaluate
 from sparsify.losses.ignored_tokens import IgnoredTokens
+from sparsify.losses.kept import kept_mask
 from sparsify.losses.loss import LossConfig
 from sparsify.losses.passes import Passes
 from sparsify.losses.total import total_loss
@@ -37,14 +38,15 @@ IGNORED = IgnoredTokens(bos=True, first_n=1)
 )
 def test_kept_tokens_by_hand(fields: dict[str, Any], expected: list[list[int]]):
     tokens = torch.tensor([[BOS, 1, 2, BOS], [3, 4, 5, 6]])
-    kept = IgnoredTokens(**fields).kept(tokens, BOS)
+    kept = kept_mask(tokens, IgnoredTokens(**fields), BOS)
     assert kept.dtype == torch.bool
     assert kept.int().tolist() == expected
 
 
 def test_the_first_positions_need_no_bos_token():
     IgnoredTokens(first_n=3).check(None)
-    assert IgnoredTokens(first_n=1).kept(torch.zeros(1, 2).int(), None).tolist() == [[False, True]]
+    mask = kept_mask(torch.zeros(1, 2).int(), IgnoredTokens(first_n=1), None)
+    assert mask.tolist() == [[False, True]]
 
 
 def test_a_mask_without_effect_is_rejected():
@@ -122,7 +124,7 @@ def plain_values(passes: Passes, tokens: Tensor, kept: list[tuple[int, int]]) ->
 def test_losses_of_masked_runs_are_those_of_the_kept_tokens(tiny_model: Any, tokens: Tensor):
     model, losses = build(tiny_model, RELU), LossConfig.model_validate(MIX)
     passes = run(model, tokens, losses)
-    kept = IGNORED.kept(tokens, BOS)
+    kept = kept_mask(tokens, IGNORED, BOS)
     at = [(sample, pos) for sample in range(3) for pos in range(6) if kept[sample, pos]]
     assert len(at) == 13  # 18, less 3 first ones, of which one is BOS, and 2 more of BOS
     total, values = total_loss(losses, passes.only(kept))
@@ -142,7 +144,7 @@ def test_losses_of_masked_runs_are_those_of_the_kept_tokens(tiny_model: Any, tok
 def test_other_outputs_are_masked_too(tiny_model: Any, tokens: Tensor):
     model = build(tiny_model, MATRYOSHKA)
     losses = LossConfig.model_validate({"out_to_in": {"coeff": 1.0}})
-    passes, kept = run(model, tokens, losses), IGNORED.kept(tokens, BOS)
+    passes, kept = run(model, tokens, losses), kept_mask(tokens, IGNORED, BOS)
     _, values = total_loss(losses, passes.only(kept))
     for position, acts in passes.sae_acts.items():
         error = model.saes.at(position).other_output(acts, 0)[kept] - acts.input[kept]
@@ -205,9 +207,9 @@ def plain_metrics(model: SAETransformer, tokens: Tensor, kept: Tensor) -> dict[s
 
 def test_an_evaluation_is_about_the_kept_tokens(tiny_model: Any, tokens: Tensor):
     model = build(tiny_model, RELU)
-    kept = IGNORED.kept(tokens, BOS)
+    kept = kept_mask(tokens, IGNORED, BOS)
     result = evaluate(
-        model, tokens.split(2), kept=lambda batch: IGNORED.kept(batch, BOS), chunk_size=4
+        model, tokens.split(2), kept=lambda batch: kept_mask(batch, IGNORED, BOS), chunk_size=4
     )
     # Of 13 kept tokens the last of two sequences; that of the other is BOS.
     assert (result.n_samples, result.n_tokens, result.n_predictions) == (3, 13, 11)
