@@ -17,8 +17,6 @@ from sparsify.settings.base_config import UserError
 from sparsify.tlens.hook_names import check_hook_names, first_block, stop_block
 from sparsify.tlens.hooked_model import HookedModel
 
-SETTING = "loss.in_to_orig.hook_positions"
-
 
 @dataclass(frozen=True)
 class ForwardPlan:
@@ -57,8 +55,11 @@ def derive_plan(model: SAETransformer, losses: LossConfig) -> ForwardPlan:
     spliced = _union(term.spliced_positions(positions) for term in terms)
     sources = tuple(model.reads.values())
     start = min(first_block(position) for position in sources)
-    if losses.in_to_orig is not None:
-        _check_lie_behind(hooked, losses.in_to_orig.hook_positions, positions)
+    for name, term in losses.terms().items():
+        # Without SAEs, a term asks only for the hook points that its own settings name.
+        named = _union([term.raw_positions(()), term.spliced_positions(())])
+        if named:
+            _check_lie_behind(hooked, named, positions, f"loss.{name}.hook_positions")
     if needs_logits:
         hooked.check_unembedding()
     if is_local:
@@ -83,15 +84,18 @@ def _stop(model: HookedModel, positions: Iterable[str], needs_logits: bool) -> i
 
 
 def _check_lie_behind(
-    model: HookedModel, hook_positions: list[str], sae_positions: tuple[str, ...]
+    model: HookedModel,
+    hook_positions: tuple[str, ...],
+    sae_positions: tuple[str, ...],
+    setting: str,
 ) -> None:
-    check_hook_names(hook_positions, model.model.hook_dict, SETTING)
-    in_order = list(model.probe([*sae_positions, *hook_positions], SETTING))
+    check_hook_names(hook_positions, model.model.hook_dict, setting)
+    in_order = list(model.probe([*sae_positions, *hook_positions], setting))
     n_shared = min(in_order.index(position) for position in sae_positions)
     for position in hook_positions:
         if in_order.index(position) <= n_shared:
             raise UserError(
-                f"{SETTING}: '{position}' does not lie behind the first SAE, at "
+                f"{setting}: '{position}' does not lie behind the first SAE, at "
                 f"'{in_order[n_shared]}', so both passes agree there; name hook points behind it"
             )
 

@@ -1,4 +1,5 @@
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -17,10 +18,12 @@ from torch import Tensor
 from sparsify.kernels.reference import full_cross_entropy
 from sparsify.kernels.unembedding import Unembedding
 from sparsify.losses.code_terms import SparsityLoss
+from sparsify.losses.loss import LossConfig
 from sparsify.losses.passes import NO_TARGET, Passes
 from sparsify.losses.terms import (
     InToOrigLoss,
     LogitsKLLoss,
+    LossTerm,
     NextTokenCELoss,
     OutToInLoss,
     OutToOrigLoss,
@@ -38,6 +41,12 @@ def passes() -> Passes:
 @pytest.fixture
 def two_tokens() -> Passes:
     return two_token_passes()
+
+
+@pytest.mark.parametrize("name", LossConfig.model_fields)
+def test_each_term_has_a_value(name: str):
+    term, _ = get_args(LossConfig.model_fields[name].annotation)
+    assert term_values.dispatch(term) is not term_values.dispatch(LossTerm)
 
 
 def test_sparsity_by_hand(passes: Passes):
