@@ -28,10 +28,10 @@ class Passes:
     """Activations of the spliced pass by position: SAEs', and those that a term needs."""
 
     orig_resid: Float[Tensor, "*sample d_model"] | None = None
-    """Residual stream of the raw pass before the final norm. None if no term needs logits."""
+    """Residual stream of the raw pass before the final norm. None if no term needs raw logits."""
 
     new_resid: Float[Tensor, "*sample d_model"] | None = None
-    """The same of the spliced pass."""
+    """The same of the spliced pass. None if no term needs logits."""
 
     unembed: Unembedding | None = None
     """Final norm and unembedding. None if no term needs logits."""

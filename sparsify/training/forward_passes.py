@@ -43,7 +43,7 @@ def forward_passes(
     if plan.needs_logits:
         passes = replace(
             passes,
-            orig_resid=orig_resid,
+            orig_resid=orig_resid if plan.needs_raw_logits else None,
             unembed=hooked.unembed,
             next_tokens=F.pad(tokens[:, 1:].long(), (0, 1), value=NO_TARGET),
         )

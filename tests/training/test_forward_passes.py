@@ -298,3 +298,12 @@ def test_losses_of_dead_elements_train_no_earlier_sae(tiny_model: Any, tokens: T
     dead[RESID[0]].zero_()
     total, _ = total_loss(losses, replace(passes, dead=dead))
     assert not any(name.startswith("blocks-1") for name in gradients(total, model.saes))
+
+
+def test_a_raw_pass_that_stops_early_leaves_no_final_residual_stream(
+    tiny_model: Any, tokens: Tensor
+):
+    model = SAETransformer(tiny_model, RESID, dict_size_to_input_ratio=2.0)
+    _, passes = run(model, tokens, {"next_token_ce": {"coeff": 1}, "out_to_orig": {"coeff": 1}})
+    assert passes.new_resid is not None
+    assert passes.orig_resid is None
