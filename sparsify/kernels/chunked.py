@@ -1,12 +1,12 @@
 """Mean losses over logits of which only a chunk exists at a time.
 
 The logits of a batch are its largest tensor: tokens times vocabulary. But a loss that is a mean
-over tokens needs them one token at a time. So walk over chunks of tokens. Of each compute the
-logits, the loss, and its gradient, which takes the place of the logits in memory, and go on to the
-next. The gradient with respect to the final residual stream, as small as that itself, is so
-computed in the forward pass and kept; the backward pass only scales it.
+over tokens needs them one token at a time. So walk over chunks of tokens. For each, compute the
+logits, the loss, and its gradient, which takes the place of the logits in memory. The gradient with
+respect to the final residual stream, which is as small as the stream, is thus computed in the
+forward pass and kept; the backward pass only scales it.
 
-A chunk is as large as its matrix products want it. What is done to single logits goes over it in
+A chunk is as large as makes its matrix products fast. Operations on single logits go over it in
 tiles, which stay in the cache.
 
 Logits of any precision are turned into probabilities in float32 at least. Gradients cannot be
@@ -31,17 +31,18 @@ from sparsify.kernels.unembedding import Unembedding
 
 TileLoss = Callable[[Tensor, Tensor | None, slice, bool], Tensor]
 """`loss(logits, orig_logits, rows, with_grad)`: the sum over these rows of the batch, in float32 at
-least. With `with_grad` the gradient takes the place of `logits`. `orig_logits` may be lost too."""
+least. With `with_grad` the gradient takes the place of `logits`. It may also
+overwrite `orig_logits`."""
 
 CPU_CHUNK_BYTES = 2 * 2**20
-# Each chunk reads the whole unembedding, which must be worth it: on two CPU cores the KL of 256
-# tokens with a vocabulary of 50,257 and width 768 took 0.48 s in chunks of 48, 0.44 s in chunks of
-# 64, 0.40 s of 96, 0.37 s of 128 and of 256. The logits of 96 take 39 MB in both passes.
+# Each chunk reads the whole unembedding, so it must not be too small: on two CPU cores the KL of
+# 256 tokens with a vocabulary of 50,257 and width 768 took 0.48 s in chunks of 48, 0.44 s in chunks
+# of 64, 0.40 s of 96, 0.37 s of 128 and of 256. The logits of 96 take 39 MB in both passes.
 MIN_CHUNK_TOKENS = 96
 # The KL of 4096 tokens with a vocabulary of 4096 and width 128 took 0.095 s in tiles of this size,
 # 0.100 s in tiles of half and 0.107 s of a quarter of it. Twice as much memory saved 0.003 s.
 CPU_TILE_BYTES = 2**20
-# An accelerator needs larger pieces to be busy, and has no such cache.
+# An accelerator needs larger pieces to be busy, and does not have such a cache.
 ACCELERATOR_CHUNK_BYTES = 256 * 2**20
 
 
@@ -126,7 +127,7 @@ def _chunked_mean(
         raise ValueError(f"resid has no rows to average over, its shape is {tuple(resid.shape)}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, given {chunk_size}")
-    # The norm of the run that learns stays outside: its gradient is autograd's own.
+    # The norm of the pass that learns stays outside: its gradient is autograd's own.
     rows = unembed.normed(resid).flatten(end_dim=-2)
     orig_resid = None if orig_resid is None else orig_resid.flatten(end_dim=-2)
     size = min(chunk_size or fast_chunk_size(unembed), len(rows))
@@ -163,7 +164,7 @@ def _walk(
     rows: Tensor,
     needs_grad: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """The mean, and its gradients by rows, weight and bias as far as they are needed."""
+    """Mean, and those of its gradients by rows, weight and bias that are needed."""
     n_passes = 1 if orig_resid is None else 2
     buffer = rows.new_empty(n_passes * size, unembed.d_vocab)
     at_tile = partial(_at_tile, unembed, tile_loss)
@@ -229,11 +230,11 @@ class _Softmax(NamedTuple):
 
 
 def _softmax(logits: Float[Tensor, "row d_vocab"]) -> _Softmax:
-    """Probabilities, and what their logarithms take, from the likeliest token of each row.
+    """Probabilities, and two columns of the likeliest token of each row for their logarithms.
 
     On a CPU a whole softmax, with its exponentials, takes half to two thirds of the time of torch's
-    `exp` alone, and a maximum a tenth: so no logarithm is turned into a probability. Both columns
-    are returned, since their difference would be rounded at the size of the logits.
+    `exp` alone, and a maximum a tenth, so `exp` is not used. Both columns are returned, since their
+    difference would be rounded at the size of the logits.
     """
     p = F.softmax(logits, dim=-1)
     top_p = p.amax(dim=-1, keepdim=True)
@@ -252,7 +253,7 @@ def fast_chunk_size(unembed: Unembedding) -> int:
 
 
 def tile_size(unembed: Unembedding) -> int:
-    """Tokens of a chunk whose logits are worked on at a time; as many more have probabilities.
+    """Tokens of a chunk whose logits, and as many probabilities, are worked on at a time.
 
     On a CPU a multiple of the number of threads, which share the rows of a softmax.
     """

@@ -1,4 +1,4 @@
-"""What is done to single logits in one pass over them, compiled by torch.
+"""Operations on single logits in one sweep over them, compiled by torch.
 
 Torch's own kernels are called one after the other, each of which reads and writes all logits of a
 tile. torch.compile makes one kernel of them: C++ on a CPU, which needs a compiler, Triton on a GPU.
@@ -22,7 +22,7 @@ def kl_of_rows(
 
     With both rows shifted by their maxima, so that the largest number is 0, and Z the sum of its
     exponentials, KL(orig || new) = sum p_orig * (orig - logits) + log Z_new - log Z_orig. Each
-    exponential is so taken once.
+    exponential is thus taken once.
     """
     new = logits - logits.amax(dim=-1, keepdim=True)
     orig = orig - orig.amax(dim=-1, keepdim=True)
@@ -43,11 +43,11 @@ def compiled_kl_of_rows() -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def why_not_compiled(device: torch.device) -> str | None:
-    """What keeps torch from compiling for a device. None: it compiles."""
+    """Reason why torch cannot compile for a device. None: it can."""
     try:
         compiled_kl_of_rows()(torch.zeros(2, 8, device=device), torch.zeros(2, 8, device=device))
     # No compiler, one that fails, no Triton, or an operating system that torch does not know: each
-    # has errors of its own.
+    # raises other errors.
     except Exception as error:  # noqa: BLE001
         return str(error).partition("\n")[0]
     return None

@@ -1,4 +1,4 @@
-"""What an SAE needs only where its code is not zero: decoding and all gradients.
+"""Decoding and all gradients of an SAE, computed only where its code is not zero.
 
 Of the code c, which is W input + b where it is not zero, a token uses some tens of many thousand
 entries. With e_j the dictionary elements as the optimizer left them, n_j = max(|e_j|, EPS),
@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 EPS = 1e-12
-"""Norms below are taken for this, as `F.normalize` does."""
+"""Norms below this count as this, as in `F.normalize`."""
 
 MAX_ACTIVE_SHARE = 0.04
 MIN_DENSE_SIZE = 2**25
@@ -51,7 +51,7 @@ BLOCK_ROWS = 1024
 
 @dataclass(frozen=True)
 class ActiveEntries:
-    """Where a code of shape `token n_dict` is not zero, and sums over its entries."""
+    """Places where a code of shape `token n_dict` is not zero, and sums over its entries."""
 
     place: Int[Tensor, " entry"]
     """Index into the flat code, ascending."""
@@ -157,15 +157,16 @@ def decode_active(
     Args:
         entries: The active entries of `c`.
         c: A code whose active entries are those of encoder_weight input + encoder_bias. Its own
-            graph is not used: gradients of what is returned go directly to the other tensors.
-        input: What the encoder read.
+            graph is not used: gradients of the results go directly to the other tensors.
+        input: Input of the encoder.
         encoder_weight: The encoder's weight.
         encoder_bias: The encoder's bias.
         elements: Dictionary elements.
         decoder_bias: The decoder's bias.
-        is_unit_norm: Elements are used as they are. If not, they are scaled to unit norm first.
-        row_sparse_grads: The gradients of the two matrices are sparse COO tensors that hold the
-            rows of active elements alone.
+        is_unit_norm: Whether elements are used as they are. If not, they are scaled to unit norm
+            first.
+        row_sparse_grads: Whether the gradients of the two matrices are sparse COO tensors that hold
+            the rows of active elements alone.
     """
     c_rows, output = _DecodeActive.apply(
         entries,
@@ -281,7 +282,7 @@ def _weighted_sums(rows: Tensor, index: Tensor, starts: Tensor, weights: Tensor)
 
 @cache
 def _trigger_beta_warning() -> None:
-    """Have torch give its warning that CSR tensors are in beta, once a process, unseen."""
+    """Let torch give its warning that CSR tensors are in beta, once a process, unseen."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         index = torch.tensor([0, 0])

@@ -21,13 +21,13 @@ class Unembedding:
     bias: Float[Tensor, " d_vocab"] | None = None
 
     norm: Callable[[Tensor], Tensor] | None = None
-    """The final norm, of each row by itself. None: there is none."""
+    """The final norm, of each row by itself. None: the model has none."""
 
     transform: Callable[[Tensor], Tensor] | None = None
-    """What is done to each logit by itself, such as a soft cap. None: nothing."""
+    """Function of each logit by itself, such as a soft cap. None: the identity."""
 
     is_compiled: bool = False
-    """Whether losses of the logits are computed by compiled kernels, where there are such."""
+    """True computes losses of the logits by compiled kernels, if such kernels exist."""
 
     def __call__(self, resid: Float[Tensor, "*sample d_model"]) -> Float[Tensor, "*sample d_vocab"]:
         """The logits."""
@@ -39,7 +39,7 @@ class Unembedding:
         return self.weight.shape[1]
 
     def normed(self, resid: Float[Tensor, "*sample d_model"]) -> Float[Tensor, "*sample d_model"]:
-        """The first step: what is multiplied with the weight."""
+        """The first step: the rows that are multiplied with the weight."""
         return resid if self.norm is None else self.norm(resid)
 
     def products(

@@ -1,4 +1,4 @@
-"""The loss terms that are about an SAE's code: how sparse it is, and which elements are dead.
+"""The configs of loss terms that are about an SAE's code: its sparsity, and its dead elements.
 
 They need neither the spliced pass nor logits, and do not measure how well an output stands in for
 an activation.
@@ -28,12 +28,12 @@ class SparsityLoss(CodeTerm):
     p_norm: PositiveFinite = 1.0
     """Exponent of the norm."""
     scale: PositiveFinite = 1.0
-    """Of penalties tanh and log: activations of about this size are where they bend."""
+    """Size of the activations at which the penalties tanh and log bend."""
     target_l0: PositiveFinite | None = None
-    """Active elements per token that a controller for each SAE that is trained moves its
-    coefficient to reach, from `coeff`. null: the coefficient stays."""
+    """Active elements per token. For each SAE that is trained a controller moves the coefficient,
+    which starts at `coeff`, to reach them. null: the coefficient stays."""
     target_warmup_samples: NonNegativeInt = 0
-    """Samples over which the target moves to target_l0, by equal factors, from what L0 is at first.
+    """Samples over which the target moves from the L0 at the start to target_l0, by equal factors.
     Where elements that have stopped firing hardly come back, as in JumpReLU SAEs, L0 must not fall
     below its target."""
 
@@ -75,6 +75,6 @@ class AuxKLoss(CodeTerm):
 
 
 class PreActLoss(CodeTerm):
-    """How far pre-activations of dead JumpReLU elements are below their thresholds."""
+    """Distance of the pre-activations of dead JumpReLU elements from their thresholds."""
 
     needs_dead: ClassVar[bool] = True

@@ -1,7 +1,7 @@
 """Losses that train dead dictionary elements: those that do not fire, and so get no gradient.
 
-They train nothing but these elements. What is encoded counts as constant: neither earlier SAEs nor
-the decoder's bias, by which it is centred, are to learn what wakes them.
+They train only these elements. The input of the encoder counts as constant: neither earlier SAEs
+nor the decoder's bias, by which it is centred, are to learn to wake them.
 
 Dimensions: `*sample` is any leading batch and position dimensions, `n_dict` the number of
 dictionary elements.
@@ -25,23 +25,23 @@ def aux_k(
 ) -> Float[Tensor, ""]:
     """Error of the k largest dead elements of each sample in predicting what the SAE leaves out.
 
-    With e = target - output, which has no gradient, and e_dead what the k dead elements with the
-    largest positive pre-activations write, it is the sum of |e - e_dead|^2, divided by that of
-    |e - mean e|^2 (Gao et al. 2024, arXiv:2406.04093, section A.2). An element that fires on a
-    sample has no part in e_dead there: its part of the target is no longer in e, and what wakes it
-    would be undone.
+    Let e = target - output, which has no gradient, and e_dead the sum that the k dead elements with
+    the largest positive pre-activations write. The loss is the sum of |e - e_dead|^2, divided by
+    the sum of |e - mean e|^2 (Gao et al. 2024, arXiv:2406.04093, section A.2). An element that
+    fires on a sample is left out of e_dead there: its part of the target is no longer in e, so the
+    gradient would put it back to sleep.
 
-    It has no unit, while `out_to_in` has that of the squared activation. In an end-to-end mix, too,
-    it points dead elements to what is left out of the activation, whether or not the model uses
-    that; once they fire, the other terms decide what they become.
+    The value has no unit, while `out_to_in` has that of the squared activation. In an end-to-end
+    mix, too, it points dead elements to what is left out of the activation, whether or not the
+    model uses that; once they fire, the other terms decide what they become.
 
     0 if no element is dead.
 
     Args:
-        sae: Whose elements.
-        acts: What it did.
-        dead: Which elements are dead.
-        k: How many are used on a sample. None: half the width of the activation.
+        sae: The SAE whose elements are trained.
+        acts: Its activations.
+        dead: True for each element that is dead.
+        k: Number of dead elements used on a sample. None: half the width of the activation.
     """
     assert isinstance(sae, LinearSAE), "a config with another kind is refused"
     index = dead.nonzero().flatten()

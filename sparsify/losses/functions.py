@@ -16,7 +16,7 @@ from sparsify.saes.base import SAE
 from sparsify.saes.jumprelu import JumpReLUSAE
 
 ROUNDING = 100
-"""A deviation from the mean by less than so many units of rounding is none."""
+"""Deviations from the mean by fewer units of rounding than this count as zero."""
 
 
 def sparsity(c: Float[Tensor, "*sample n_dict"], d_act: int, p_norm: float) -> Float[Tensor, ""]:
@@ -26,14 +26,14 @@ def sparsity(c: Float[Tensor, "*sample n_dict"], d_act: int, p_norm: float) -> F
     different width.
 
     For p other than 1 the derivative at zero is undefined or infinite; an entry that is exactly
-    zero gets no gradient then, and neither does a sample whose code is all zeros. What makes a code
-    sparse, such as a ReLU, passes no gradient at zero anyway.
+    zero gets no gradient then, and neither does a sample whose code is all zeros. A ReLU, or
+    whatever else makes the code sparse, passes no gradient at zero anyway.
 
     Args:
         c: Sparse activations, none of them negative.
         d_act: Width of the activation that the SAE read.
-        p_norm: Above zero. Towards zero the norm overflows: in float32 below about 0.05 when some
-            tens of entries are active.
+        p_norm: Exponent, above zero. Near zero the norm overflows: in float32 below about 0.05 when
+            some tens of entries are active.
     """
     if p_norm == 1:
         # Its gradient is one number, where that of `vector_norm` takes two tensors as large as c.
@@ -50,7 +50,8 @@ def concave_sparsity(
     come nearer to a count of those that are not zero.
 
     Args:
-        c: Sparse activations, none of them negative, in units of where the penalty is to bend.
+        c: Sparse activations, none of them negative, divided by the size at which the penalty
+            bends.
         d_act: Width of the activation that the SAE read.
         penalty: `tanh` or `log`.
     """
@@ -72,7 +73,8 @@ def mse(
 ) -> Float[Tensor, ""]:
     """Squared difference, averaged over samples and over the activation's dimensions.
 
-    Gradients reach both arguments. In float32 at least, whatever the precision of the activations.
+    Gradients reach both arguments. The result is in float32 at least, whatever the precision of the
+    activations.
     """
     wide = torch.promote_types(torch.promote_types(pred.dtype, target.dtype), torch.float32)
     return F.mse_loss(pred.to(wide), target.to(wide))
@@ -83,7 +85,7 @@ def normalised_mse(
 ) -> Float[Tensor, ""]:
     """Squared error of `pred`, relative to always predicting the mean of `target` over samples.
 
-    0 is perfect, 1 no better than the mean. 0 if `target` is the same for all samples but for
+    0 is perfect, 1 as good as the mean. Also 0 if `target` is the same for all samples except for
     rounding, as there is nothing to divide by then.
     """
     wide = torch.promote_types(torch.promote_types(pred.dtype, target.dtype), torch.float32)

@@ -16,7 +16,7 @@ class IgnoredTokens(BaseConfig):
     """Tokens that losses and metrics leave out."""
 
     bos: bool = False
-    """Whether all tokens are left out that are the tokenizer's BOS token."""
+    """True leaves out all tokens that are the tokenizer's BOS token."""
     first_n: NonNegativeInt = 0
     """Number of first positions of each sequence that are left out."""
 

@@ -3,7 +3,7 @@
 The total is the sum of coefficient times value over terms and positions:
 
     sparsity.coeff         * sum over SAEs of   mean penalty of c / d_act
-    out_to_in.coeff        * sum over SAEs of   mse(output, target), the input but for a transcoder
+    out_to_in.coeff        * sum over SAEs of   mse(output, target)
     out_to_orig.coeff      * sum over SAEs of   mse(output, orig)
     in_to_orig.total_coeff * mean over hook_positions of   mse(new, orig)
     logits_kl.coeff        * KL(orig || new), in nats per token
@@ -11,9 +11,13 @@ The total is the sum of coefficient times value over terms and positions:
     aux_k.coeff            * sum over SAEs of   error of dead elements
     pre_act.coeff          * sum over SAEs of   distance of dead elements from firing
 
-Coefficients are multiplied by schedules, `target_l0` and `balance_with`, mse at later hook points
-is divided by its variance if `normalised`, and for SAEs with other outputs (`Passes.others`) the
-errors of these are added. The terms are in `terms.py` and `code_terms.py`.
+The target is the input, or, for a transcoder, the activation that its output replaces. Schedules,
+`target_l0` and `balance_with` multiply coefficients; mse at later hook points is divided by the
+variance there if `normalised`. If SAEs have other outputs (`Passes.others`), the errors of these
+are added.
+
+The terms are in `terms.py` and `code_terms.py`, and `total.py` computes the sum. CONTRIBUTING.md
+says how to add a term.
 """
 
 from typing import Self

@@ -1,4 +1,4 @@
-"""What the forward passes of one training step leave behind for the loss terms."""
+"""Record of the forward passes of a training step, from which loss terms are computed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -11,24 +11,24 @@ from sparsify.saes.acts import CacheActs, SAEActs
 from sparsify.saes.base import SAE
 
 NO_TARGET = -100
-"""In place of the token after the last, as torch's losses have it."""
+"""Stands for the token after the last, as in torch's losses."""
 
 
 @dataclass(frozen=True)
 class Passes:
     """The raw and the spliced pass of one batch, as far as the loss terms need them.
 
-    If no term needs a spliced pass there is none, and each SAE has read the raw activation.
+    If no term needs a spliced pass, there is none, and each SAE has read the raw activation.
     """
 
     orig_acts: dict[str, Float[Tensor, "..."]]
     """Raw activations by position."""
 
     new_acts: dict[str, SAEActs | CacheActs]
-    """Activations of the spliced pass by position: SAEs', and those that a term needs."""
+    """Activations of the spliced pass by position: of the SAEs, and others that a term needs."""
 
     orig_resid: Float[Tensor, "*sample d_model"] | None = None
-    """Residual stream of the raw pass before the final norm. None if no term needs raw logits."""
+    """Residual stream of the raw pass before the final norm. None if no term needs its logits."""
 
     new_resid: Float[Tensor, "*sample d_model"] | None = None
     """The same of the spliced pass. None if no term needs logits."""
@@ -40,13 +40,13 @@ class Passes:
     """The token after each position, `NO_TARGET` for the last. None if no term needs logits."""
 
     saes: Mapping[str, SAE] = field(default_factory=dict)
-    """The SAEs by position, for terms that ask them."""
+    """The SAEs by position, for terms that use their weights."""
 
     others: tuple[tuple[float, "Passes"], ...] = ()
-    """The same with other outputs of the SAEs, and the weight of the errors there."""
+    """The same passes with other outputs of the SAEs, each after the weight of its errors."""
 
     dead: Mapping[str, Bool[Tensor, " n_dict"]] = field(default_factory=dict)
-    """Which elements of each SAE count as dead. Empty if nobody keeps count."""
+    """True for each element that counts as dead, by position. Empty if no term needs it."""
 
     @property
     def sae_acts(self) -> dict[str, SAEActs]:
@@ -59,7 +59,7 @@ class Passes:
         return acts.target if isinstance(acts, SAEActs) else acts.input
 
     def only(self, kept: Bool[Tensor, "batch pos"]) -> "Passes":
-        """What is there of some tokens; these are then in one dimension."""
+        """The rows where `kept` is true, in one dimension."""
 
         def pick(rows: Tensor | None) -> Tensor | None:
             return None if rows is None else rows[kept]

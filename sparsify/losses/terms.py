@@ -20,12 +20,12 @@ Coeff = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class CoeffSchedule(BaseConfig):
-    """How a coefficient changes in training: a linear rise from 0, then a line to its end."""
+    """Course of a coefficient in training: a linear rise from 0, then a line to its end."""
 
     warmup_samples: NonNegativeInt = 0
     """Samples over which the coefficient rises linearly from 0 to its value."""
     end_factor: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
-    """What the coefficient is multiplied by at the end; it gets there linearly after the warmup."""
+    """Factor of the coefficient at the end, which it reaches linearly after the warmup."""
 
     @model_validator(mode="after")
     def _changes_something(self) -> Self:
@@ -34,7 +34,7 @@ class CoeffSchedule(BaseConfig):
         return self
 
     def factor(self, n_done: int, n_samples: int) -> float:
-        """What the coefficient is multiplied by after `n_done` of `n_samples`."""
+        """Factor of the coefficient after `n_done` of `n_samples`."""
         if n_done < self.warmup_samples:
             return n_done / self.warmup_samples
         progress = (n_done - self.warmup_samples) / max(1, n_samples - self.warmup_samples)
@@ -42,27 +42,31 @@ class CoeffSchedule(BaseConfig):
 
 
 class LossTerm(BaseConfig, ABC):
-    """A term of the loss: what it needs, its value, and the weight of that value."""
+    """A term of the loss: what it needs of the passes, and the weight of its value.
+
+    `sparsify.losses.values` computes the value.
+    """
 
     schedule: CoeffSchedule | None = None
-    """How the coefficient changes in training. null: it does not."""
+    """Change of the coefficient in training. null: none."""
 
     needs_logits: ClassVar[bool] = False
-    """The spliced pass must go to the last block and keep the final residual stream."""
+    """The spliced pass must go to the last block and keep the final residual stream. Only with
+    `needs_spliced_pass`."""
 
     needs_raw_logits: ClassVar[bool] = False
-    """The raw pass must, too."""
+    """The raw pass must, too. Only with `needs_logits`."""
 
     needs_spliced_pass: ClassVar[bool] = True
-    """The value depends on the model behind or between the SAEs. A sum of terms that do without
-    needs no spliced pass: each SAE reads the raw activation."""
+    """The value depends on the model behind or between the SAEs. Without such a term there is no
+    spliced pass: each SAE reads the raw activation."""
 
     measures_error: ClassVar[bool] = True
-    """The value says how well the outputs stand in for the activations. Where SAEs have other
-    outputs, it is that of these too."""
+    """The value says how well the outputs stand in for the activations. It is also computed for the
+    other outputs of SAEs that have some."""
 
     needs_dead: ClassVar[bool] = False
-    """It is known which elements are dead."""
+    """The value depends on which elements are dead."""
 
     @property
     @abstractmethod
@@ -91,30 +95,30 @@ class CoeffTerm(LossTerm):
 
 
 class OutToInLoss(CoeffTerm):
-    """Mean squared error between what an SAE writes and what stood there: what it read.
+    """Mean squared error between the output of an SAE and its target, the input.
 
-    For a transcoder it is the activation in whose place it writes. Neither side is detached: with
-    several SAEs the gradient also reaches the earlier ones.
+    The target of a transcoder is the activation that its output replaces. Neither side is detached:
+    with several SAEs the gradient also reaches the earlier ones.
     """
 
     needs_spliced_pass: ClassVar[bool] = False
 
 
 class OutToOrigLoss(CoeffTerm):
-    """Mean squared error between what an SAE writes and the raw activation at its position.
+    """Mean squared error between the output of an SAE and the raw activation at its position.
 
     It differs from `out_to_in` behind the first SAE, where the spliced pass reads something else.
     """
 
     def raw_positions(self, sae_positions: Sequence[str]) -> list[str]:
-        """Those of the SAEs."""
+        """The positions of the SAEs."""
         return list(sae_positions)
 
 
 class InToOrigLoss(LossTerm):
     """Mean squared error between the activations of the spliced and of the raw pass.
 
-    At a position that has an SAE, the spliced activation is that in whose place the SAE writes.
+    At a position that has an SAE, the spliced activation is the one that the SAE replaces.
     """
 
     hook_positions: HookNames
@@ -124,8 +128,8 @@ class InToOrigLoss(LossTerm):
     """Sum of the coefficients, which are equal at all positions."""
 
     normalised: bool = False
-    """Whether each error is divided by the variance of the raw activation at its position, so that
-    those of later blocks, which are larger, do not outweigh the others."""
+    """True divides each error by the variance of the raw activation at its position, so that those
+    of later blocks, which are larger, do not outweigh the others."""
 
     @field_validator("hook_positions", mode="before")
     @classmethod
@@ -144,7 +148,7 @@ class InToOrigLoss(LossTerm):
         return list(self.hook_positions)
 
     def spliced_positions(self, sae_positions: Sequence[str]) -> list[str]:
-        """The hook positions, as far as no SAE keeps them."""
+        """The hook positions, except those that an SAE keeps."""
         return [position for position in self.hook_positions if position not in sae_positions]
 
 

@@ -12,7 +12,7 @@ from sparsify.losses.terms import LossTerm
 from sparsify.losses.values import Values, term_values
 
 Factor = Callable[[str, str], float | Tensor]
-"""By term and position ("" if it has none): what its coefficient is multiplied by at the time."""
+"""Factor of a coefficient at this time, by term and position ("" for a term that has none)."""
 
 KL_EPS = 1e-8
 """Added to a KL that is divided by, as Karvonen 2025 does."""
@@ -21,14 +21,14 @@ KL_EPS = 1e-8
 def total_loss(
     losses: LossConfig, passes: Passes, factor: Factor = lambda term, position: 1.0
 ) -> tuple[Float[Tensor, ""], Values]:
-    """The weighted sum of all terms, and the value of each without its coefficient.
+    """Compute the weighted sum of all terms, and the value of each without its coefficient.
 
-    Where SAEs have other outputs, the errors of these are added, with their weights.
+    If SAEs have other outputs, the errors of these are added, with their weights.
 
     Args:
         losses: Terms and their coefficients.
-        passes: What they are computed from.
-        factor: What coefficients are multiplied by.
+        passes: The passes of a batch.
+        factor: Factors of the coefficients.
 
     Returns:
         The scalar to minimise, and detached values keyed `<term>/<position>`, or `<term>` for a
@@ -64,7 +64,7 @@ def total_loss(
 
 
 def _values(term: LossTerm, passes: Passes) -> Values:
-    """The values of a term, with gradients if it trains."""
+    """Compute the values of a term, with gradients if it trains."""
     with torch.set_grad_enabled(torch.is_grad_enabled() and term.position_coeff > 0):
         return term_values(term, passes)
 
@@ -77,11 +77,11 @@ def _logged(name: str, by_position: Values) -> Values:
 
 
 def _balance(losses: LossConfig, values: dict[str, Values]) -> Float[Tensor, ""] | None:
-    """The ratio of the error that the KL is balanced with to the KL. None: it is not balanced."""
+    """Ratio of the error that the KL is balanced with to the KL. None: it is not balanced."""
     name = losses.logits_kl.balance_with if losses.logits_kl else None
     if name is None:
         return None
     errors = torch.stack(list(values[name].values()))
     error = errors.mean() if name == "in_to_orig" else errors.sum()
-    # Below zero by rounding, if at all.
+    # Only rounding puts a KL below zero.
     return (error / (values["logits_kl"][""].clamp(min=0) + KL_EPS)).detach()

@@ -42,14 +42,14 @@ def frozen(unembed: Unembedding) -> Unembedding:
 
 
 def learned(unembed: Unembedding) -> tuple[Tensor, ...]:
-    """What gets gradients besides a residual stream."""
+    """Tensors that get gradients in addition to a residual stream."""
     assert isinstance(unembed.norm, nn.Module)
     assert unembed.bias is not None
     return unembed.weight, unembed.bias, *unembed.norm.parameters()
 
 
 class CountRows(Unembedding):
-    """Records of how many rows there are logits at a time."""
+    """Records the number of rows that have logits at a time."""
 
     n_rows: ClassVar[list[int]] = []
 

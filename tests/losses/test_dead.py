@@ -144,7 +144,7 @@ def test_without_dead_elements_both_are_zero(topk: TopKSAE, jumprelu: JumpReLUSA
     assert pre_act(jumprelu, acts_of(OUTPUT), NONE) == 0
 
 
-def test_terms_take_the_dead_elements_of_the_runs(topk: TopKSAE, jumprelu: JumpReLUSAE):
+def test_terms_take_the_dead_elements_of_the_passes(topk: TopKSAE, jumprelu: JumpReLUSAE):
     later = "blocks.1.hook_resid_pre"
     acts = {POSITION: acts_of(OUTPUT), later: acts_of(torch.zeros(2, 2))}
     for sae, fields, plain in (

@@ -84,7 +84,7 @@ def test_out_to_in_trains_what_comes_before_the_sae(passes: Passes):
     ],
     ids=lambda losses: next(iter(losses.terms())),
 )
-def test_the_raw_run_gets_no_gradients(passes: Passes, losses: LossConfig):
+def test_the_raw_pass_gets_no_gradients(passes: Passes, losses: LossConfig):
     assert passes.orig_resid is not None
     raw = [*passes.orig_acts.values(), passes.orig_resid]
     for activation in raw:
@@ -122,7 +122,7 @@ def test_two_micro_batches_give_the_gradient_of_one_batch():
     torch.testing.assert_close(torch.autograd.grad(halves, weight)[0], whole)
 
 
-def test_a_run_without_saes_has_a_total(passes: Passes):
+def test_a_spliced_pass_without_saes_has_a_total(passes: Passes):
     without = Passes({LATER: passes.orig_acts[LATER]}, {LATER: passes.new_acts[LATER]})
     losses = LossConfig.model_validate(
         {"sparsity": {"coeff": 1.0}, "in_to_orig": {"hook_positions": LATER, "total_coeff": 2.0}}
