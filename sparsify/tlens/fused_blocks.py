@@ -96,7 +96,7 @@ class _FusedBlock:
         return not any(has_hook(module) for module in self.others)
 
     def agrees(self) -> bool:
-        """Return whether the fused block gives what TransformerLens's own does, at a few positions."""
+        """Return whether the fused block equals TransformerLens's own, at a few positions."""
         return agree(self.fused, self.block, self.block.cfg, self.block.mlp.W_in)
 
     def forward(

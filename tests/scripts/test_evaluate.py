@@ -153,7 +153,7 @@ def assert_refused(argv: list[str], message: str, capsys: pytest.CaptureFixture[
         (["{run}", "missing"], "missing: there is no such file or folder"),
         (["{run}", "{run}/../run"], "is given twice"),
         (["{run}/samples_24.safetensors", "{run}/samples_99.safetensors"], "no such file"),
-        (["{run}", "{empty}"], "is not a run, as there is no final_config.yaml in"),
+        (["{run}", "{empty}"], "is not a run: there is no final_config.yaml in"),
         (["{run}/final_config.yaml"], "is not a checkpoint; give a samples_{N}.safetensors"),
         (["{run}/eval.json"], "eval.json: is not a checkpoint"),
         (["{run}", "n" * 300], "there is no such file or folder"),

@@ -45,7 +45,7 @@ def find_runs(paths: Sequence[Path], n_samples: int | None, device: str) -> list
         folder = path if path.is_dir() else path.parent
         if not (folder / CONFIG_FILE).exists():
             raise UserError(
-                f"{path}: is not a run, as there is no {CONFIG_FILE} in '{folder}'; give the folder "
+                f"{path}: is not a run: there is no {CONFIG_FILE} in '{folder}'; give the folder "
                 "of a run that trained SAEs, or a checkpoint in it"
             )
         config = read_sae_run(folder)
