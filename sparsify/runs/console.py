@@ -1,4 +1,4 @@
-"""What a run says on the terminal."""
+"""Texts of a run for the terminal."""
 
 import sys
 from contextlib import suppress
@@ -9,7 +9,7 @@ from tqdm import tqdm
 def say(text: str) -> None:
     """Print to stderr, above a progress bar if there is one.
 
-    Whoever watches may be gone, or the disk of a log be full: training continues.
+    Training continues if nobody reads any more, or if the disk of a log is full.
     """
     with suppress(OSError):
         tqdm.write(text, file=sys.stderr)

@@ -24,15 +24,15 @@ class CompositeSink(Sink):
     def __init__(self, *sinks: Sink) -> None:
         self.sinks = sinks
 
+    def step(self, n_samples: int) -> None:
+        """Hand on how far the run is."""
+        for sink in self.sinks:
+            sink.step(n_samples)
+
     def log(self, metrics: Mapping[str, float], n_samples: int) -> None:
         """Hand on numbers."""
         for sink in self.sinks:
             sink.log(metrics, n_samples)
-
-    def step(self, n_samples: int) -> None:
-        """Hand on how far training is."""
-        for sink in self.sinks:
-            sink.step(n_samples)
 
     def console(self, text: str) -> None:
         """Hand on a text."""
