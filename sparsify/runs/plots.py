@@ -1,4 +1,8 @@
-"""A picture of a training run: every loss term, L0, KL and CE increase against samples."""
+"""A picture of a training run against samples.
+
+For SAEs: every loss term, L0, KL and CE increase. For a language model: CE, bits per byte and the
+learning rate.
+"""
 
 import json
 import math
@@ -28,6 +32,7 @@ TITLES = {
     "ce_loss_increase": "CE increase, nats per token",
     "ce_loss": "CE, nats per token",
     "bits_per_byte": "bits per byte of text",
+    "lr": "learning rate",
 }
 
 # Values by samples, of one (phase, position).
@@ -54,8 +59,11 @@ def plot_training(run_dir: Path) -> Path | None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(n_rows, n_columns, squeeze=False).flatten()
     colors = _position_colors(panels)
+    end = max(n for series in panels.values() for points in series.values() for n in points)
+    margin = 0.03 * max(end, 1)
     for axis, (quantity, series) in zip(axes, panels.items(), strict=False):
         _draw_panel(axis, TITLES.get(quantity, quantity), series, colors)
+        axis.set_xlim(-margin, end + margin)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     handles = _legend_handles(panels, colors)
@@ -68,20 +76,26 @@ def plot_training(run_dir: Path) -> Path | None:
 
 
 def collect_panels(metrics_path: Path) -> Panels:
-    """The series of a metrics file by quantity: all loss terms, and what else `TITLES` names.
+    """Return the series of a metrics file by quantity: all loss terms, and those in `TITLES`.
 
     Quantities come in the order of `TITLES`, positions by depth. Where a resumed run has measured
     something twice, the later value counts.
     """
     panels: Panels = defaultdict(lambda: defaultdict(dict))
+    has_saes = False
     for line in metrics_path.read_text(encoding="utf-8").splitlines():
         record: dict[str, float | None] = json.loads(line)
         n_samples = int(record.pop("n_samples") or 0)
         for name, value in record.items():
             match = METRIC_NAME.fullmatch(name)
             family, phase, quantity, position = match.groups() if match else ("", "train", name, "")
+            has_saes |= family in ("loss", "sparsity")
             if value is not None and (family == "loss" or quantity in TITLES):
                 panels[quantity][phase, position or ""][n_samples] = value
+    if has_saes:
+        panels.pop("lr", None)
+    elif "loss" in panels:  # of a language model: the CE of the training text
+        panels["ce_loss"].update(panels.pop("loss"))
     ordered = [name for name in TITLES if name in panels] + [
         name for name in panels if name not in TITLES
     ]
@@ -92,7 +106,7 @@ def collect_panels(metrics_path: Path) -> Panels:
 
 
 def _depth(position: str) -> list[tuple[int, str]]:
-    """Sorts `blocks.2` before `blocks.10`."""
+    """Sort `blocks.2` before `blocks.10`."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in position.split(".")]
 
 
@@ -111,13 +125,15 @@ def _position_colors(panels: Panels) -> dict[str, str]:
 def _draw_panel(
     axis: "Axes", title: str, series: dict[tuple[str, str], Series], colors: dict[str, str]
 ) -> None:
-    """Train as a thin line, held-out data as marks joined by dots."""
+    """Draw train as a thin line, or a dash if it is one point; held-out data as dots."""
     from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
     for (phase, position), by_samples in series.items():
         x, y = zip(*sorted(by_samples.items()), strict=True)
         if phase == "train":
-            axis.plot(x, y, color=colors[position], linewidth=1, alpha=0.75)
+            marker = "_" if len(x) == 1 else ""  # a line of one point would be invisible
+            style = {"marker": marker, "markersize": 12, "linewidth": 1, "alpha": 0.75}
+            axis.plot(x, y, color=colors[position], **style)
         else:
             axis.plot(x, y, color=colors[position], linestyle=":", linewidth=1, zorder=3)
             axis.scatter(x, y, s=26, color=colors[position], edgecolors="white", zorder=4)

@@ -59,3 +59,28 @@ def test_without_matplotlib_there_is_no_picture(tmp_path: Path, monkeypatch: pyt
 def test_run_without_metrics_has_no_picture(tmp_path: Path):
     _write(tmp_path, [])
     assert plot_training(tmp_path) is None
+
+
+def test_one_logged_step_can_be_seen(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    from matplotlib.image import imread
+
+    _write(tmp_path, [{"n_samples": 8, "loss/train/my_term/blocks.2.hook_resid_pre": 1.0}])
+    assert plot_training(tmp_path)
+    picture = imread(tmp_path / "training.png")
+    panel = picture[: int(0.75 * len(picture))]  # the legend stands below
+    is_blue = panel[..., 2] > panel[..., 0] + 0.2
+    assert is_blue.any()
+
+
+def test_language_model_has_its_own_panels(tmp_path: Path):
+    metrics = [
+        {"n_samples": 8, "loss": 4.0, "lr": 0.1},
+        {"n_samples": 8, "performance/eval/ce_loss": 4.5, "performance/eval/bits_per_byte": 2.0},
+        {"n_samples": 16, "loss": 3.0, "lr": 0.2},
+    ]
+    assert collect_panels(_write(tmp_path, metrics)) == {
+        "ce_loss": {("eval", ""): {8: 4.5}, ("train", ""): {8: 4.0, 16: 3.0}},
+        "bits_per_byte": {("eval", ""): {8: 2.0}},
+        "lr": {("train", ""): {8: 0.1, 16: 0.2}},
+    }
