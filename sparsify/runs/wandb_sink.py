@@ -1,8 +1,8 @@
 """The sink that reports to Weights & Biases, and that a run can do without.
 
-Training does not depend on a service: if it cannot be reached, or fails in the middle, the run goes
-on, its numbers and weights are in the run folder, and one warning says so. Only what a person must
-mend, and can at once, is an error at the start.
+Training does not depend on a service: if it cannot be reached, or fails in the middle, training
+continues, numbers and weights are in the run folder, and one warning says so. Only what a person
+must fix, and can at once, is an error at the start.
 """
 
 import os
@@ -22,13 +22,13 @@ from sparsify.training.config import TrainingConfig
 if TYPE_CHECKING:
     from wandb import Run
 
-# Seconds for wandb to start a run, and to send what is left when it ends. Its own are 90 and no
-# limit, in which a GPU would wait for a service that is down. WANDB_INIT_TIMEOUT and
-# WANDB_FINISH_TIMEOUT go before them.
+# Seconds for wandb to start a run, and to send what is left when it ends. Its defaults are 90 and
+# no limit, in which a GPU would wait for a service that is down. WANDB_INIT_TIMEOUT and
+# WANDB_FINISH_TIMEOUT take precedence.
 TIMEOUTS_S = {"init_timeout": 60.0, "finish_timeout": 600.0}
 
-# wandb has one class for a service that did not answer and for one that refused, and gives the
-# latter's own words.
+# wandb raises the same class for a service that did not answer and for one that refused; the
+# message of the latter is the service's own.
 _NO_ANSWER = re.compile(
     r"time[ds]?[ -]?out|deadline|connection|connect:|dial tcp|no such host|unreachable|\bEOF\b"
     r"|(HTTP|status|code)\W*(5\d\d|429)",
@@ -65,16 +65,15 @@ class WandbSink(Sink):
             self._remove_secrets_from_logs_of_wandb()
             raise
         if run_dir is not None:
-            path = run_dir / CONFIG_FILE
-            self._attempt(lambda run: run.save(path, base_path=run_dir, policy="now"))
+            self.saved(run_dir / CONFIG_FILE)
 
     def log(self, metrics: Mapping[str, float], n_samples: int) -> None:
         """Send numbers."""
         self._attempt(lambda run: run.log(dict(metrics), step=n_samples))
 
     def saved(self, path: Path) -> None:
-        """Upload weights of the run folder."""
-        self._attempt(lambda run: run.save(path, base_path=path.parent, policy="now"))
+        """Upload a file of the run folder."""
+        self._attempt(lambda run: _upload(run, path))
 
     def close(self, *, has_failed: bool = False) -> None:
         """Send what is left and end the run."""
@@ -88,18 +87,18 @@ class WandbSink(Sink):
             return
         try:
             action(self._run)
-        # Whatever it is, from a full disk to a dead process: the run is worth more than its log.
+        # Any error, from a full disk to a dead process: the run is worth more than its log.
         except Exception as error:  # noqa: BLE001
             self._has_failed = True
             folder = self.run_dir
             kept = "" if folder is None else f"; numbers and weights are kept in {folder}"
             _warn(
-                f"wandb failed and gets nothing from here on ({one_line(error)}); training goes on"
-                f"{kept}. What wandb has got is sent by `wandb sync {_sync_dir(self._run)}`"
+                f"wandb failed and gets nothing from here on ({one_line(error)}); training "
+                f"continues{kept}. Send what wandb has with `wandb sync {_sync_dir(self._run)}`"
             )
 
     def _let_go(self) -> None:
-        # Or wandb would try it at the end of the process, and show a traceback.
+        # Otherwise wandb would try it at the end of the process, and show a traceback.
         import wandb
 
         assert self._run is not None, "only a run fails"
@@ -110,7 +109,7 @@ class WandbSink(Sink):
                 wandb.teardown()
 
     def _remove_secrets_from_logs_of_wandb(self) -> None:
-        # They are in the run folder and hold the words of its errors, which may hold a key.
+        # They are in the run folder and hold the messages of its errors, which may hold a key.
         if self.run_dir is None:
             return
         secrets = [secret.encode() for secret in secrets_of_environment()]
@@ -124,7 +123,7 @@ class WandbSink(Sink):
 
 
 def _start(config: TrainingConfig, run_name: str, run_dir: Path | None) -> "Run | None":
-    """The run; one kept on disk, with a warning, if the service does not answer; None if neither.
+    """Start the run, on disk with a warning if the service does not answer. None: neither works.
 
     Raises:
         UserError: A person must change something.
@@ -141,15 +140,15 @@ def _start(config: TrainingConfig, run_name: str, run_dir: Path | None) -> "Run 
     }
     try:
         return wandb.init(**arguments, settings=_timeouts())
-    # Besides its own errors, wandb passes on those of the system and of its process.
+    # In addition to its own errors, wandb passes on those of the system and of its process.
     except Exception as error:  # noqa: BLE001
         reason = one_line(error).partition(" Consider increasing")[0]  # advice for programmers
         if _needs_a_person(error):
             raise UserError(
                 f"wandb_project: no run in '{config.wandb_project}' could be started ({reason}); "
-                "set WANDB_API_KEY in .env, or WANDB_MODE=offline, or wandb_project to null"
+                f"{_remedy(error)}"
             ) from None
-    what = f"wandb cannot be reached ({reason}); training goes on without it"
+    what = f"wandb cannot be reached ({reason}); training continues without it"
     try:
         run = wandb.init(**arguments, mode="offline")
     except Exception as error:  # noqa: BLE001  (a run that could not even be kept on disk)
@@ -181,6 +180,25 @@ def _needs_a_person(error: Exception) -> bool:
         return _NO_ANSWER.search(str(error)) is None
     # ValueError: a setting of the environment that wandb does not know.
     return isinstance(error, errors.AuthenticationError | errors.UsageError | ValueError)
+
+
+def _remedy(error: Exception) -> str:
+    from wandb import errors
+
+    # A UsageError is a lack of keys or a wrong argument; only the message tells which.
+    has_refused = isinstance(error, errors.CommError | errors.AuthenticationError)
+    if has_refused or "key" in str(error).lower():
+        return "set WANDB_API_KEY in .env, or WANDB_MODE=offline, or wandb_project to null"
+    return "change that, or set wandb_project to null"
+
+
+def _upload(run: "Run", path: Path) -> None:
+    # wandb makes such a link itself if there is none, with a warning for each file.
+    link = Path(run.dir) / path.name
+    with suppress(OSError):  # a system without links
+        link.unlink(missing_ok=True)
+        link.symlink_to(path.absolute())
+    run.save(path, base_path=path.parent, policy="now")
 
 
 def _sync_dir(run: "Run") -> str:

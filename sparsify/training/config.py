@@ -3,13 +3,15 @@
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
 from sparsify.settings.base_config import BaseConfig, Count, Name, PositiveFinite, Seed, UserError
 
 DEFAULT_MIN_LR_FACTOR = 0.1
 NEWEST_RUN = "newest"
 """Value of `resume` that means the newest run in save_dir."""
+MAX_PROJECT_NAME = 128  # as wandb has it, and what no such name holds
+NOT_IN_PROJECT_NAMES = "/\\#?%:"
 MAX_RUN_NAME_BYTES = 200  # of the 255 of most file systems; date and time come behind it
 
 
@@ -57,8 +59,8 @@ class TrainingConfig(BaseConfig):
     lr: PositiveFinite
     """Learning rate at its highest."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"
-    """Course of the learning rate after the warmup. cosine: half a cosine down to min_lr_factor. linear: constant,
-    then a straight fall over the last cooldown_samples. constant: no fall."""
+    """Course of the learning rate after the warmup. cosine: half a cosine down to min_lr_factor.
+    linear: constant, then a straight fall over the last cooldown_samples. constant: no fall."""
     min_lr_factor: float = Field(default=DEFAULT_MIN_LR_FACTOR, ge=0, le=1)
     """Lowest learning rate after the warmup, as a fraction of lr."""
     warmup_samples: NonNegativeInt = 0
@@ -125,6 +127,19 @@ class TrainingConfig(BaseConfig):
     def run_name(self) -> str:
         """The run's name with its prefix."""
         return self.wandb_run_name_prefix + (self.wandb_run_name or self.default_run_name)
+
+    @field_validator("wandb_project")
+    @classmethod
+    def _project_is_a_name(cls, project: str | None) -> str | None:
+        found = [character for character in NOT_IN_PROJECT_NAMES if character in (project or "")]
+        if found:
+            raise ValueError(
+                f"the name of a project holds no {found[0]!r}; give the project alone, and whose "
+                "it is as WANDB_ENTITY in .env"
+            )
+        if project is not None and len(project) > MAX_PROJECT_NAME:
+            raise ValueError(f"the name of a project has at most {MAX_PROJECT_NAME} characters")
+        return project
 
     @model_validator(mode="after")
     def _batches_fill_the_effective_batch(self) -> Self:

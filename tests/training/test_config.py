@@ -27,6 +27,8 @@ FIELDS: dict[str, Any] = {"n_samples": 64, "batch_size": 4, "lr": 1e-3}
             {"lr_schedule": "linear", "warmup_samples": 40, "cooldown_samples": 25},
             r"warmup_samples \(40\) and cooldown_samples \(25\) must together be at most",
         ),
+        ({"wandb_project": "a/b"}, "the name of a project holds no '/'; give the project alone"),
+        ({"wandb_project": "a" * 129}, "the name of a project has at most 128 characters"),
         ({"lr_schedule": "linear"}, "so it never falls; set cooldown_samples"),
         ({"cooldown_samples": 8}, r"cooldown_samples \(8\) belongs to lr_schedule 'linear'"),
         ({"cooldown_samples": None}, r"cooldown_samples \(None\) belongs to lr_schedule 'linear'"),
