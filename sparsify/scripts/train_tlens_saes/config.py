@@ -1,5 +1,7 @@
 """Settings of `run_train_tlens_saes.py`."""
 
+import re
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import model_validator
@@ -11,6 +13,7 @@ from sparsify.training.config import DeadElementsConfig, ResamplingConfig
 
 DEFAULT_ACT_FREQUENCY_N_TOKENS = 500_000
 MAX_MODEL_NAME = 100
+_DATE_AND_TIME = re.compile(r"_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d(_\d+)?$")  # of run folders
 
 
 class Config(SAERunConfig):
@@ -125,8 +128,9 @@ class Config(SAERunConfig):
     @property
     def default_run_name(self) -> str:
         """A name made from the settings that matter."""
-        model = str(self.tlens_model_name or self.tlens_model_path).strip("/").replace("/", "-")
-        model = model[-MAX_MODEL_NAME:].strip("-")  # the end of a long path tells more
+        path = self.tlens_model_path
+        model = short_name(path) if path else str(self.tlens_model_name).replace("/", "-")
+        model = model[-MAX_MODEL_NAME:].strip("-")
         sparsity = f"-sparsity-{self.loss.sparsity.coeff:g}" if self.loss.sparsity else ""
         kind = self.mix if self.saes.kind == "relu" else f"{self.saes.kind}-{self.mix}"
         if self.saes.n_active is not None:
@@ -134,3 +138,13 @@ class Config(SAERunConfig):
         return (
             f"{model}-{kind}-ratio-{self.saes.dict_size_to_input_ratio:g}-lr-{self.lr:g}{sparsity}"
         )
+
+
+def short_name(model_path: Path) -> str:
+    """Return the name of a model's folder, or of the run that made it, without its date.
+
+    `out/tlens_2026-11-28_10-22-33/model` is `tlens`, and `models/gpt2` is `gpt2`.
+    """
+    is_of_run = model_path.name == "model" and model_path.parent.name
+    name = model_path.parent.name if is_of_run else model_path.name
+    return _DATE_AND_TIME.sub("", name) or "model"
