@@ -1,1 +1,1 @@
-"""Many training runs: grids of settings, what is done of them, a process for each."""
+"""Many training runs: lists of settings, a process for each, a table of the results."""

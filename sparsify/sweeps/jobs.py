@@ -1,7 +1,7 @@
-"""Training runs that are to be done, and what is there of them.
+"""Training runs that are to be done, and their run folders so far.
 
-A run is known by its config: a run folder that holds the same one, and a result, is not run again,
-and one with a checkpoint goes on from it. So whatever ends a command, it can be repeated.
+A job is known by its config: where a run folder holds the same one and a result, the job is done,
+and where it holds a checkpoint, the run is resumed. So whatever ends a command, it can be repeated.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ class Script:
     """A script that trains."""
 
     program: Path
-    """Its file."""
+    """File of the script."""
 
     config: type[TrainingConfig]
     """The settings that it takes."""
@@ -38,17 +38,17 @@ class Job:
     """Command line of the script, without its name."""
 
     config: TrainingConfig
-    """The settings that they come to."""
+    """The settings that the arguments give."""
 
     @property
     def key(self) -> str:
-        """The same for equal configs."""
+        """A text that is the same for equal configs."""
         return dump_yaml(self.config)
 
 
 @dataclass
 class KnownRuns:
-    """Run folders by the config that they hold."""
+    """Run folders by the config in them."""
 
     places: set[tuple[Path, type[TrainingConfig]]]
     """Folders of runs, and the settings of the script that made them."""
@@ -65,12 +65,12 @@ class KnownRuns:
                 self.folders.setdefault(dump_yaml(config), []).append(path.parent)
 
     def finished(self, job: Job) -> Path | None:
-        """The newest finished run of a job. None: there is none."""
+        """Return the newest finished run of a job. None: there is none."""
         done = [run for run in self._runs(job) if (run / RESULT_FILE).exists()]
         return done[-1] if done else None
 
     def begun(self, job: Job) -> Path | None:
-        """The newest run of a job that can go on from a checkpoint. None: there is none."""
+        """Return the newest run of a job that can be resumed. None: there is none."""
         # They load torch, for which --help is not to wait.
         from sparsify.runs.checkpoints import MANIFEST_NAME
         from sparsify.runs.weight_files import numbered_files
@@ -83,7 +83,7 @@ class KnownRuns:
 
 
 def known_runs(jobs: Sequence[Job]) -> KnownRuns:
-    """The run folders that could be those of some jobs."""
+    """Return the run folders that could be those of some jobs."""
     return KnownRuns(
         {(job.config.save_dir, job.script.config) for job in jobs if job.config.save_dir}
     )

@@ -10,18 +10,29 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sparsify.runs.interrupt import held_interrupt
 from sparsify.runs.run_folder import LOCK_FILE
 from sparsify.sweeps.jobs import Job, check_leaves_result, known_runs
+from sparsify.sweeps.table import results_table
 
 POLL_SECONDS = 0.2
 MAX_LABEL = 150
 
 
-def do_jobs(jobs: Sequence[Job], n_processes: int | None) -> int:
-    """Do what is not done yet of some jobs; returns the exit code: 1 if one failed.
+@dataclass
+class Outcome:
+    """The end of the jobs that a command has worked on."""
+
+    failed: list[Job] = field(default_factory=list)
+    minutes: dict[str, float] = field(default_factory=dict)
+    """Duration of each run that was trained from start to end, by the key of its job."""
+
+
+def do_jobs(jobs: Sequence[Job], n_processes: int | None, *, has_table: bool = False) -> int:
+    """Do those of some jobs that are not done yet; returns the exit code: 1 if one failed.
 
     Their logs go to the folder `logs` beside the runs. Of all such commands whose runs go to the
     same folder, one works at a time.
@@ -29,6 +40,7 @@ def do_jobs(jobs: Sequence[Job], n_processes: int | None) -> int:
     Args:
         jobs: At least one. Equal ones are done once.
         n_processes: Runs at a time. None: one for each GPU, or one.
+        has_table: Whether to print a table of all results at the end.
 
     Raises:
         UserError: A job would leave no result from which it could be told that it is done.
@@ -36,18 +48,22 @@ def do_jobs(jobs: Sequence[Job], n_processes: int | None) -> int:
     """
     for job in jobs:
         check_leaves_result(job)
-    failed = run_jobs(jobs, open_slots(n_processes))
-    for job in failed:
+    outcome = run_jobs(jobs, open_slots(n_processes))
+    if has_table:
+        print("\n".join(["", *results_table(jobs, outcome.minutes)]), flush=True)
+    for job in outcome.failed:
         print(f"failed: {job.label}", file=sys.stderr)
-    return int(bool(failed))
+    return int(bool(outcome.failed))
 
 
 def add_processes_option(parser: argparse.ArgumentParser) -> None:
-    """How many runs go on at a time."""
+    """Add the option for the number of runs at a time."""
 
     def count(text: str) -> int:
         if not text.isdecimal() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"'{text}' is no number of processes; give 1 or more")
+            raise argparse.ArgumentTypeError(
+                f"'{text}' is not a number of processes; give 1 or more"
+            )
         return int(text)
 
     help = "runs at a time (default: one for each GPU, or one)"
@@ -55,10 +71,10 @@ def add_processes_option(parser: argparse.ArgumentParser) -> None:
 
 
 def open_slots(n_processes: int | None) -> list[dict[str, str]]:
-    """Variables of the environment of each process: its GPU, if there are any, and its threads.
+    """Return environment variables for each process: its GPU, if there are any, and its threads.
 
     Args:
-        n_processes: How many there are. None: one for each GPU, or one.
+        n_processes: Number of processes. None: one for each GPU, or one.
     """
     import torch
 
@@ -75,30 +91,27 @@ def open_slots(n_processes: int | None) -> list[dict[str, str]]:
 
 
 def _n_cores() -> int:
-    """Those that this process may use."""
+    """Number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def run_jobs(jobs: Sequence[Job], slots: Sequence[Mapping[str, str]]) -> list[Job]:
-    """Do what is not done yet of some jobs, and say what happens.
+def run_jobs(jobs: Sequence[Job], slots: Sequence[Mapping[str, str]]) -> Outcome:
+    """Do those of some jobs that are not done yet, and print what happens.
 
     Args:
-        jobs: What is to be done. Equal ones are done once.
-        slots: Variables of the environment of each process, of which as many run at a time.
-
-    Returns:
-        The jobs that failed.
+        jobs: Runs to be done. Equal ones are done once.
+        slots: Environment variables of each process, of which as many run at a time.
 
     Raises:
         KeyboardInterrupt: After all processes have saved and ended, or at once for a second one.
     """
     jobs = list({job.key: job for job in jobs}.values())
-    free, running, failed = list(slots), [], []
+    free, running, outcome = list(slots), [], Outcome()
     with (
         sole_owner({logs_of(job) for job in jobs}) as locks,
-        held_interrupt("type the same command to go on") as is_interrupted,
+        held_interrupt("to resume, type the same command") as is_interrupted,
     ):
         waiting = deque(_to_do(jobs))
         try:
@@ -112,20 +125,22 @@ def run_jobs(jobs: Sequence[Job], slots: Sequence[Mapping[str, str]]) -> list[Jo
                     running.remove(run)
                     free.append(run.slot)
                     if not run.report():
-                        failed.append(run.job)
+                        outcome.failed.append(run.job)
+                    elif run.begun is None:
+                        outcome.minutes[run.job.key] = run.minutes
         finally:
             _stop(running)
-    return failed
+    return outcome
 
 
 def logs_of(job: Job) -> Path:
-    """Folder of the logs of a job's process."""
+    """Return the folder of the logs of a job's process."""
     assert job.config.save_dir is not None
     return job.config.save_dir / "logs"
 
 
 def _to_do(jobs: Sequence[Job]) -> Iterator[tuple[str, Job, Path | None]]:
-    """What to call each job that is not done, and the run that it goes on with."""
+    """Yield each job that is not done, with a name and the run to resume if there is one."""
     known = known_runs(jobs)
     for number, job in enumerate(jobs, start=1):
         name = f"[{number}/{len(jobs)}] {job.label}"
@@ -151,10 +166,10 @@ class _Run:
         self.log = logs_of(job) / f"{file_name}.log"
         resume = [] if begun is None else ["--resume", str(begun)]
         command = [sys.executable, str(job.script.program), *job.arguments, *resume]
-        what = "begins" if begun is None else f"goes on in {begun}"
+        what = "begins" if begun is None else f"resumes {begun}"
         print(f"{name}: {what}, log in {self.log}", flush=True)
         self.is_stopped = False
-        self.start = time.monotonic()
+        self.start, self.minutes = time.monotonic(), 0.0
         with self.log.open("a", encoding="utf-8") as file:
             self.log_start = file.tell()
             print(shlex.join(command), file=file, flush=True)
@@ -165,16 +180,16 @@ class _Run:
                 stderr=file,
                 env={**os.environ, **slot},
                 pass_fds=locks,
-                # Ctrl-C reaches the processes from here alone, as a second one would not let them
-                # save.
+                # Ctrl-C reaches the processes from here alone: a second one would keep them from
+                # saving.
                 start_new_session=True,
             )
 
     def report(self) -> bool:
-        """Say how it ended; returns whether it did what it was to do."""
-        minutes = (time.monotonic() - self.start) / 60
+        """Print how it ended; returns whether the run is done."""
+        self.minutes = (time.monotonic() - self.start) / 60
         if (code := self.process.returncode) == 0:
-            print(f"{self.name}: done in {minutes:.1f} minutes", flush=True)
+            print(f"{self.name}: done in {self.minutes:.1f} minutes", flush=True)
             return True
         if self.is_stopped:
             print(f"{self.name}: stopped", flush=True)
@@ -185,7 +200,7 @@ class _Run:
         errors = [line for line in lines if line.startswith("error: ")] or lines
         print(f"{self.name}: FAILED (exit code {code}): {errors[-1]}\n  log in {self.log}")
         if self.begun is not None:
-            print(f"  the next time it goes on again; to begin anew, move {self.begun} away")
+            print(f"  it is resumed the next time; to start from scratch, move {self.begun} away")
         sys.stdout.flush()
         return False
 
@@ -195,7 +210,7 @@ def _stop(running: Sequence[_Run]) -> None:
     for run in running:
         if not run.is_stopped:
             run.is_stopped = True
-            # Not SIGINT, which is ignored by what a shell has put into the background.
+            # Not SIGINT, which processes in a shell's background ignore.
             run.process.terminate()
 
 
@@ -215,7 +230,7 @@ def sole_owner(folders: Iterable[Path]) -> Iterator[list[int]]:
 
     with ExitStack() as opened:
         files = []
-        for folder in sorted(folders):  # in the same order for all, so that no two wait in a ring
+        for folder in sorted(folders):  # the same order for all, so that no two wait in a ring
             # Of the open file, unlike the lock of a run folder: processes inherit it.
             files.append(opened.enter_context((folder / LOCK_FILE).open("w")).fileno())
             try:

@@ -1,10 +1,11 @@
-"""Train with all combinations of some settings.
+"""Train all runs of some sweep files, and tabulate the results.
 
-    python sparsify/scripts/sweep/run_sweep.py SWEEP.yaml [...] [--processes N]
+    python sparsify/scripts/sweep/run_sweep.py SWEEP.yaml [...] [--processes N] [--NAME VALUE ...]
 
-`sparsify/sweeps/sweep.py` says what a sweep file holds; `wandb sweep SWEEP.yaml` takes it too. Runs
-that are done are not run again, and one that was interrupted is resumed: whatever has ended the
-command, type it again. If a run fails the others continue, and the exit code is 1.
+`sparsify/sweeps/sweep.py` says what a sweep file holds. Settings of the training script,
+such as `--n_samples 800`, may follow and apply to all runs. Runs that are done
+are not run again, and one that was interrupted is resumed: whatever has ended the command, type it
+again. If a run fails the others continue, and the exit code is 1.
 """
 
 import argparse
@@ -21,18 +22,22 @@ from sparsify.sweeps.sweep import load_sweep
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with `argv`, None for the process's arguments; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog=program_name(), description=str(__doc__).splitlines()[0], allow_abbrev=False
+        prog=program_name(),
+        description=str(__doc__).splitlines()[0],
+        epilog="Further options, such as --n_samples 800, are settings for all runs.",
+        allow_abbrev=False,
     )
     parser.add_argument("sweeps", nargs="+", type=Path, metavar="SWEEP.yaml")
     add_processes_option(parser)
-    options = parser.parse_args(argv)
-    return exit_code_of(lambda: sweep(options.sweeps, options.processes))
+    options, overrides = parser.parse_known_args(argv)
+    return exit_code_of(lambda: sweep(options.sweeps, overrides, options.processes))
 
 
-def sweep(paths: Sequence[Path], n_processes: int | None) -> int:
+def sweep(paths: Sequence[Path], overrides: Sequence[str], n_processes: int | None) -> int:
     """Do all runs of some sweeps; returns the exit code: 1 if one failed."""
     scripts = training_scripts().values()
-    return do_jobs([job for path in paths for job in load_sweep(path, scripts)], n_processes)
+    jobs = [job for path in paths for job in load_sweep(path, scripts, overrides)]
+    return do_jobs(jobs, n_processes, has_table=True)
 
 
 if __name__ == "__main__":
