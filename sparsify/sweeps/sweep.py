@@ -12,7 +12,7 @@ each of them is trained with all combinations:
 
     recipe: RECIPE.yaml
     runs:
-      e2e: {}
+      e2e:
       local: {loss.logits_kl: null, loss.out_to_in.coeff: 1}
     parameters:
       seed: {values: [0, 1, 2]}
@@ -90,8 +90,8 @@ class SweepConfig(BaseConfig):
 
     recipe: Path | None = None
     """The settings that all runs share. null: named in command."""
-    runs: dict[Name, dict[str, Any]] | None = None  # of any setting
-    """Changes of the recipe by the name of a run. null: runs differ in parameters alone."""
+    runs: dict[Name, dict[str, Any] | None] | None = None  # of any setting
+    """Changes of the recipe, if any, by the name of a run. null: there are only parameters."""
     parameters: dict[str, Parameter] = {}
     """Values by the dotted name of a setting."""
 
@@ -166,7 +166,7 @@ class SweepConfig(BaseConfig):
     @property
     def changes(self) -> dict[str, dict[str, Any]]:  # of any setting
         """The changes of each run by dotted names. There is at least one run."""
-        return {name: dict(_flat(run)) for name, run in (self.runs or {"": {}}).items()}
+        return {name: dict(_flat(run or {})) for name, run in (self.runs or {"": {}}).items()}
 
 
 def load_sweep(path: Path, scripts: Iterable[Script], overrides: Sequence[str] = ()) -> list[Job]:

@@ -114,7 +114,7 @@ def test_named_runs_change_a_recipe_each_with_all_combinations(
     recipe: dict[str, Any], tmp_path: Path
 ):
     runs = {
-        "e2e": {},
+        "e2e": None,
         "later": {"saes.sae_positions": ["blocks.2.hook_resid_pre"], "n_samples": 12},
         "local": {"loss": {"logits_kl": None, "out_to_in": {"coeff": 0.5}}},
     }

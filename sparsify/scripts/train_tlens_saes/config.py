@@ -33,11 +33,11 @@ class Config(SAERunConfig):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Device to train on. auto: a CUDA GPU if torch sees one."""
     mixed_precision: bool | None = None
-    """Whether the frozen model multiplies in bfloat16, and SAEs on a GPU in TensorFloat-32. null:
-    on a GPU that has bfloat16. The SAEs' weights and Adam's state stay in float32."""
+    """Multiply in bfloat16 in the frozen model, and in TensorFloat-32 in SAEs on a GPU. null: on a
+    GPU that has bfloat16. The SAEs' weights and Adam's state stay in float32."""
     compile: bool = False
-    """Whether torch compiles the KL's kernel, some seconds at the start; on a CPU this needs a C++
-    compiler, on a GPU Triton."""
+    """Compile the KL's kernel with torch, some seconds at the start. A CPU needs a C++ compiler, a
+    GPU Triton."""
 
     @model_validator(mode="after")
     def _evaluations_have_data(self) -> Self:
