@@ -15,24 +15,25 @@ Logits exist for a chunk of tokens at a time, and codes until the SAE has writte
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsify.evaluation.forked_passes import ActSums, ForkedPasses, constant_hooks
-from sparsify.evaluation.metrics import (
-    cross_entropy,
-    explained_variance,
-    kl_divergence,
-    l2_ratio,
-    squared_distance,
-    top1_agreement,
-    unexplained_per_token,
+from sparsify.evaluation.batches import Batches, read_batches
+from sparsify.evaluation.entries import (
+    PredictionMetric,
+    SAEMetric,
+    SAETokens,
+    SAETotals,
+    TokenMetric,
+    entries,
 )
+from sparsify.evaluation.forked_passes import ActSums, ForkedPasses, constant_hooks
 from sparsify.evaluation.results import Evaluation, PositionEvaluation
 from sparsify.kernels.chunked import fast_chunk_size
 from sparsify.kernels.unembedding import Unembedding
@@ -41,7 +42,6 @@ from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.acts import SAEActs
 from sparsify.saes.base import eval_mode
 from sparsify.saes.firing import FiringCounter
-from sparsify.tlens.hooked_model import HookedModel
 
 Kept = Callable[[Tensor], Tensor]
 """From the tokens of a batch to which of them count."""
@@ -49,12 +49,12 @@ Kept = Callable[[Tensor], Tensor]
 
 def evaluate(
     model: SAETransformer,
-    batches: Iterable[Int[Tensor, "_ _"]],
+    batches: Batches,
     *,
     kept: Kept | None = None,
     chunk_size: int | None = None,
 ) -> Evaluation:
-    """How good the SAEs of `model` are on some tokens, with all of them spliced in together.
+    """Measure how good the SAEs of `model` are on some tokens, with all of them spliced in.
 
     Cross-entropy is that of predicting tokens 2 to n of each sequence. KL, top-1 agreement and what
     is measured at the SAEs is over all positions, as in the original system: the first (BOS, often
@@ -83,9 +83,9 @@ def evaluate(
     model.hooked_model.check_unembedding()
     with eval_mode(model):
         passes = ForkedPasses(model)
-        means, n_tokens = _collect_means(passes, batches, kept, model.device)
+        means, n_tokens = _collect_means(passes, read_batches(model, batches), kept, model.device)
         measurement = _Measurement(passes, means, kept, model.device, chunk_size)
-        for tokens in batches:
+        for tokens in read_batches(model, batches):
             measurement.add(tokens)
         if measurement.n_tokens != n_tokens:
             raise ValueError(
@@ -93,21 +93,6 @@ def evaluate(
                 "read again; give a list of batches"
             )
         return measurement.result()
-
-
-def check_batch(model: HookedModel, tokens: Int[Tensor, "..."]) -> None:
-    """Raise a `ValueError` if tokens are no batch of sequences that the model can predict."""
-    if tokens.ndim != 2:
-        raise ValueError(
-            f"batches: a batch of shape {tuple(tokens.shape)}; give a list of batches, each of "
-            "shape (batch, position)"
-        )
-    model.check_length(tokens.shape[1])
-    if tokens.shape[1] < 2:
-        raise ValueError(
-            f"batches: a sequence of {tokens.shape[1]} tokens has no next token to predict; "
-            "give 2 tokens or more"
-        )
 
 
 class _Means:
@@ -125,16 +110,14 @@ def _collect_means(
     kept: Kept | None,
     device: torch.device,
 ) -> tuple[_Means, int]:
-    """The means over all tokens, and the number of tokens."""
+    """Return the means over all tokens, and the number of tokens."""
     raw, target = ActSums(), ActSums()
     n_tokens = 0
     for tokens in batches:
-        check_batch(passes.model, tokens)
-        on_device = tokens.to(device)
-        counts = None if kept is None else kept(on_device)
+        counts = None if kept is None else kept(tokens)
         n_tokens += tokens.numel() if counts is None else int(counts.sum())
         with torch.no_grad():
-            prefix = passes.shared_prefix(on_device)
+            prefix = passes.shared_prefix(tokens)
             passes.suffix(prefix, raw.hooks(passes.positions, counts), passes.last_sae_stop)
             if len(passes.positions) > 1:  # a single SAE reads the raw activation
                 add = partial(_add_target, target, counts)
@@ -170,32 +153,38 @@ class _Measurement:
             position: FiringCounter(passes.saes.at(position).n_dict, device)
             for position in passes.positions
         }
-        # By name of what is summed and position, "" if it has none.
-        self.sums: dict[tuple[str, str], float] = defaultdict(float)
+        self.of_predictions = entries(Evaluation, PredictionMetric)
+        self.of_tokens = entries(Evaluation, TokenMetric)
+        self.of_saes = entries(PositionEvaluation, SAEMetric)
+        # By metric, position ("" for what is measured of the whole model), and name of a sum.
+        self.sums: dict[tuple[str, str, str], float] = defaultdict(float)
 
     def add(self, tokens: Int[Tensor, "batch pos"]) -> None:
         """Measure a batch."""
-        sums: dict[tuple[str, str], Tensor] = {}
-        on_device = tokens.to(self.device)
-        kept = None if self.kept is None else self.kept(on_device)
+        sums: dict[tuple[str, str, str], Tensor] = {}
+        kept = None if self.kept is None else self.kept(tokens)
 
         def observe(position: str, acts: SAEActs) -> None:
             acts = acts if kept is None else acts.only(kept)
             self.firings[position].update(acts.c)
-            for name, value in sae_sums(acts, self.means.target[position]).items():
-                sums[name, position] = value
+            mean_target = self.means.target[position]
+            at = SAETokens(acts.c, acts.target.float(), acts.output.float(), mean_target)
+            for metric in self.of_saes.values():
+                for name, value in metric.sums(at).items():
+                    sums[metric.name, position, name] = value
 
         with torch.no_grad():
-            prefix = self.passes.shared_prefix(on_device)
+            prefix = self.passes.shared_prefix(tokens)
             resids = {
                 "raw": self.passes.suffix(prefix, {}),
                 "spliced": self.passes.suffix(prefix, self.passes.splice_hooks(observe)),
                 "zero_ablated": self.passes.suffix(prefix, constant_hooks(self.means.zeros)),
                 "mean_ablated": self.passes.suffix(prefix, constant_hooks(self.means.raw)),
             }
+            of_logits = [*self.of_predictions.values(), *self.of_tokens.values()]
             unembed = self.passes.model.unembed
-            of_logits = prediction_sums(resids, on_device, unembed, self.chunk_size, kept)
-            sums |= {(name, ""): value for name, value in of_logits.items()}
+            found = prediction_sums(of_logits, resids, tokens, unembed, self.chunk_size, kept)
+            sums |= {(name, "", ""): value for name, value in found.items()}
             # One transfer from the device for all.
             values = torch.stack([value.float() for value in sums.values()]).tolist()
         for key, value in zip(sums, values, strict=True):
@@ -206,75 +195,61 @@ class _Measurement:
         self.n_predictions += has_next.numel() if kept is None else int(kept[:, :-1].sum())
 
     def result(self) -> Evaluation:
-        """What was measured, over all batches."""
-        sums = {name: value for (name, position), value in self.sums.items() if not position}
+        """Numbers over all batches."""
+        means = {
+            field: self.sums[metric.name, "", ""] / self.n_predictions
+            for field, metric in self.of_predictions.items()
+        } | {
+            field: self.sums[metric.name, "", ""] / self.n_tokens
+            for field, metric in self.of_tokens.items()
+        }
         return Evaluation(
             n_samples=self.n_samples,
             n_tokens=self.n_tokens,
             n_predictions=self.n_predictions,
-            ce_loss_raw=sums["ce_raw"] / self.n_predictions,
-            ce_loss=sums["ce_spliced"] / self.n_predictions,
-            ce_loss_zero_ablated=sums["ce_zero_ablated"] / self.n_predictions,
-            ce_loss_mean_ablated=sums["ce_mean_ablated"] / self.n_predictions,
-            logits_kl=sums["kl"] / self.n_tokens,
-            top1_agreement=sums["top1_agreement"] / self.n_tokens,
             positions={position: self._at(position) for position in self.passes.positions},
+            **means,
         )
 
     def _at(self, position: str) -> PositionEvaluation:
-        sae, firings = self.passes.saes.at(position), self.firings[position]
-        n_tokens = self.n_tokens
-        sums = {name: value for (name, place), value in self.sums.items() if place == position}
-        unexplained = sums["unexplained"] / n_tokens
-        variance = (sums["unexplained_squared"] - n_tokens * unexplained**2) / (n_tokens - 1)
-        n_ratios = sums["n_l2_ratios"]
-        return PositionEvaluation(
-            n_dict=sae.n_dict,
-            l0=firings.l0,
-            n_alive=firings.n_alive,
-            mse=sums["errors"] / n_tokens / sae.d_out,
-            explained_variance=explained_variance(sums["errors"], sums["deviations"]),
-            explained_variance_per_token=1 - unexplained,
-            explained_variance_per_token_std=max(variance, 0.0) ** 0.5,
-            l2_ratio=sums["l2_ratios"] / n_ratios if n_ratios else float("nan"),
-        )
+        sae = self.passes.saes.at(position)
+        numbers: dict[str, Any] = {  # of the type that the field has
+            field: metric.value(
+                SAETotals(
+                    sums=self._sums_of(metric.name, position),
+                    n_tokens=self.n_tokens,
+                    d_out=sae.d_out,
+                    firings=self.firings[position],
+                )
+            )
+            for field, metric in self.of_saes.items()
+        }
+        return PositionEvaluation(n_dict=sae.n_dict, **numbers)
 
-
-def sae_sums(acts: SAEActs, mean_target: Float[Tensor, " d_out"]) -> dict[str, Float[Tensor, ""]]:
-    """Sums over tokens of what is measured at one SAE."""
-    target, output = acts.target.float(), acts.output.float()
-    errors = squared_distance(output, target)
-    deviations = squared_distance(target, mean_target)
-    unexplained = unexplained_per_token(errors, deviations)
-    ratios = l2_ratio(output, target)
-    return {
-        "errors": errors.sum(),
-        "deviations": deviations.sum(),
-        "unexplained": unexplained.sum(),
-        "unexplained_squared": unexplained.square().sum(),
-        "l2_ratios": ratios.nansum(),
-        "n_l2_ratios": (~ratios.isnan()).sum().float(),
-    }
+    def _sums_of(self, metric: str, position: str) -> dict[str, float]:
+        return {key[2]: value for key, value in self.sums.items() if key[:2] == (metric, position)}
 
 
 def prediction_sums(
+    metrics: Sequence[PredictionMetric | TokenMetric],
     resids: Mapping[str, Float[Tensor, "batch pos d_model"]],
     tokens: Int[Tensor, "batch pos"],
     unembed: Unembedding,
     chunk_size: int | None,
     kept: Bool[Tensor, "batch pos"] | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
-    """Sums over tokens of what is measured at the logits, of which a chunk exists at a time.
+    """Sums over tokens of metrics of the logits, of which a chunk exists at a time.
 
     Args:
-        resids: Final residual streams of each run, `raw` and `spliced` among them.
+        metrics: Their `of` is a name in `resids`.
+        resids: Final residual streams of each pass, `raw` among them.
         tokens: What the passes read. The last of a sequence has no cross-entropy.
         unembed: Final norm and unembedding.
         chunk_size: Tokens in a chunk. None takes as many as are fast.
         kept: Tokens that count. None: all.
 
     Returns:
-        `ce_<run>` for each run, and `kl` and `top1_agreement` of the spliced pass with the raw one.
+        The sum of each metric, by its name.
     """
     targets = F.pad(tokens[:, 1:].long(), (0, 1), value=NO_TARGET).flatten()
     rows = {name: resid.flatten(end_dim=-2) for name, resid in resids.items()}
@@ -288,10 +263,9 @@ def prediction_sums(
         log_raw = _log_probs(rows["raw"][part], unembed)
         for name in rows:
             log_probs = log_raw if name == "raw" else _log_probs(rows[name][part], unembed)
-            sums[f"ce_{name}"] += cross_entropy(log_probs, targets[part]).sum()
-            if name == "spliced":
-                sums["kl"] += kl_divergence(log_raw, log_probs).sum()
-                sums["top1_agreement"] += top1_agreement(log_raw, log_probs).sum()
+            for metric in metrics:
+                if metric.of == name:
+                    sums[metric.name] += metric.values(log_raw, log_probs, targets[part]).sum()
     return dict(sums)
 
 

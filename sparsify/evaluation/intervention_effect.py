@@ -1,6 +1,6 @@
 """Measures what interventions do to a model's predictions.
 
-Each batch is read once and run three times from what comes before the first SAE:
+Each batch is read once, for three passes that share everything before the first SAE:
 
     tokens ─ shared prefix ─┬─ raw
                             ├─ spliced: each SAE's output, or output + error, in its place
@@ -8,24 +8,33 @@ Each batch is read once and run three times from what comes before the first SAE
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparsify.evaluation.evaluate import Kept, check_batch, prediction_sums
+from sparsify.evaluation.batches import Batches, read_batches
+from sparsify.evaluation.entries import PredictionMetric, TokenMetric
+from sparsify.evaluation.evaluate import Kept, prediction_sums
 from sparsify.evaluation.forked_passes import ForkedPasses
+from sparsify.evaluation.metrics import cross_entropy, kl_divergence
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.base import eval_mode
 from sparsify.settings.base_config import UserError
 from sparsify.splicing.interventions import Intervention
 
+_OF_PAIR = (
+    PredictionMetric("ce_raw", cross_entropy, of="raw"),
+    PredictionMetric("ce_spliced", cross_entropy),
+    TokenMetric("kl", kl_divergence),
+)
+
 
 @dataclass(frozen=True)
 class InterventionEffect:
-    """What interventions do on some tokens, with all SAEs of a model spliced in.
+    """Effect of interventions on some tokens, with all SAEs of a model spliced in.
 
     Cross-entropies are nats per prediction of the next token, so without a sequence's last token;
     divergences nats per token, over all tokens. That includes tokens before the first intervention,
@@ -61,14 +70,14 @@ class InterventionEffect:
 
 def intervention_effect(
     model: SAETransformer,
-    batches: Iterable[Int[Tensor, "_ _"]],
+    batches: Batches,
     interventions: Sequence[Intervention] | Intervention,
     *,
     add_error: bool = False,
     kept: Kept | None = None,
     chunk_size: int | None = None,
 ) -> InterventionEffect:
-    """What interventions do to cross-entropy and to the distributions over the next token.
+    """Measure what interventions do to cross-entropy and distributions over the next token.
 
     The model is left as it was, as by `evaluate`.
 
@@ -92,17 +101,17 @@ def intervention_effect(
     passes.model.check_unembedding()
     sums: dict[str, float] = defaultdict(float)
     with eval_mode(model), torch.no_grad():
-        for tokens in batches:
-            check_batch(passes.model, tokens)
-            on_device = tokens.to(model.device)
-            every = torch.ones_like(on_device, dtype=torch.bool)
-            counts = every if kept is None else kept(on_device)
+        for tokens in read_batches(model, batches):
+            every = torch.ones_like(tokens, dtype=torch.bool)
+            counts = every if kept is None else kept(tokens)
             if not counts.any():
                 continue
-            resids = _final_resids(model, passes, on_device, interventions, add_error)
+            resids = _final_resids(model, passes, tokens, interventions, add_error)
             for name in ("raw", "spliced"):
                 pair = {"raw": resids[name], "spliced": resids["intervened"]}
-                of_pair = prediction_sums(pair, on_device, passes.model.unembed, chunk_size, counts)
+                of_pair = prediction_sums(
+                    _OF_PAIR, pair, tokens, passes.model.unembed, chunk_size, counts
+                )
                 sums[f"ce_{name}"] += of_pair["ce_raw"].item()
                 sums[f"kl_{name}"] += of_pair["kl"].item()
             sums["ce_intervened"] += of_pair["ce_spliced"].item()

@@ -1,4 +1,4 @@
-"""What an evaluation measures, as functions of tensors.
+"""Formulas of an evaluation's metrics, as functions of tensors.
 
 Functions of activations or log-probabilities give one value per token, so that a caller can sum
 them over any batches and divide once. The others turn such sums and means into the final number.
@@ -44,7 +44,7 @@ def explained_variance(sum_of_errors: float, sum_of_deviations: float) -> float:
     is worse. The share of the variance that Gao et al. 2024 (arXiv:2406.04093) call 1 - normalised
     MSE, and SAEBench (arXiv:2503.09532) `explained_variance`.
 
-    It does not judge an SAE that was trained end to end without a reconstruction term: such SAEs
+    It says little of an SAE that was trained end to end without a reconstruction term: such SAEs
     leave out what the model does not use, and reach far below zero (Braun et al. 2024, Fig. 12).
 
     Args:
@@ -67,6 +67,17 @@ def unexplained_per_token(
     `explained_variance_legacy`. Use it to compare with old runs only.
     """
     return errors / deviations
+
+
+def standard_deviation(total: float, total_of_squares: float, n: int) -> float:
+    """Standard deviation of a sample of `n` values, from their sum and that of their squares.
+
+    NaN for fewer than two values. Not negative: rounding of the difference is cut off at 0.
+    """
+    if n < 2:
+        return math.nan
+    variance = (total_of_squares - n * (total / n) ** 2) / (n - 1)
+    return max(variance, 0.0) ** 0.5
 
 
 def cross_entropy(

@@ -1,48 +1,103 @@
-"""What an evaluation found, under the names of the logs and of `eval.json`."""
+"""Numbers that an evaluation finds, each with the entry that has it measured and logged.
+
+To add one, write its formula in `metrics.py`, a field with an entry here, and a test. `entries.py`
+says which entries there are. A number that is made of others is a property, and logged by name in
+`Evaluation.metrics`.
+"""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from sparsify.evaluation.metrics import recovered_fraction
+from sparsify.evaluation import metrics as formulas
+from sparsify.evaluation.entries import (
+    PredictionMetric,
+    SAEMetric,
+    TokenMetric,
+    logged,
+    sae_mean,
+)
 
 
 @dataclass(frozen=True)
 class PositionEvaluation:
-    """One SAE, in the spliced pass with all others. Over all tokens; see `metrics` for formulas.
+    """Numbers of one SAE, in the spliced pass with all others, over all tokens.
 
-    Its target is the activation in whose place it writes: what it reads, but for a transcoder.
+    Its target is the activation in whose place it writes: what it reads, except for a transcoder.
     """
 
     n_dict: int
     """Dictionary elements."""
 
-    l0: float
+    l0: Annotated[float, SAEMetric("sparsity/eval/L_0", lambda totals: totals.firings.l0)]
     """Elements active on a token, on average."""
 
-    n_alive: int
+    n_alive: Annotated[
+        int,
+        SAEMetric("sparsity/alive_dict_elements", lambda totals: totals.firings.n_alive),
+    ]
     """Elements that were active on at least one of the evaluation's `n_tokens`."""
 
-    mse: float
+    mse: Annotated[
+        float,
+        SAEMetric(
+            "loss/eval/out_to_in",
+            lambda totals: totals.sums["errors"] / totals.n_tokens / totals.d_out,
+            sums=lambda at: {"errors": at.errors.sum()},
+        ),
+    ]
     """Squared difference of output and target, averaged over tokens and dimensions."""
 
-    explained_variance: float
-    """Ratio of sums. NaN if all targets are equal."""
-
-    explained_variance_per_token: float
+    explained_variance_per_token: Annotated[
+        float,
+        SAEMetric(
+            "loss/eval/out_to_in/explained_variance",
+            lambda totals: 1 - totals.sums["unexplained"] / totals.n_tokens,
+            sums=lambda at: {"unexplained": at.unexplained.sum()},
+        ),
+    ]
     """The original system's: mean over tokens of a ratio."""
 
-    explained_variance_per_token_std: float
+    explained_variance_per_token_std: Annotated[
+        float,
+        SAEMetric(
+            "loss/eval/out_to_in/explained_variance_std",
+            lambda totals: formulas.standard_deviation(
+                totals.sums["unexplained"], totals.sums["squares"], totals.n_tokens
+            ),
+            sums=lambda at: {
+                "unexplained": at.unexplained.sum(),
+                "squares": at.unexplained.square().sum(),
+            },
+        ),
+    ]
     """Standard deviation of that ratio over tokens."""
 
-    l2_ratio: float
+    explained_variance: Annotated[
+        float,
+        SAEMetric(
+            "loss/eval/out_to_in/explained_variance_ratio_of_sums",
+            lambda totals: formulas.explained_variance(
+                totals.sums["errors"], totals.sums["deviations"]
+            ),
+            sums=lambda at: {"errors": at.errors.sum(), "deviations": at.deviations.sum()},
+        ),
+    ]
+    """Ratio of sums. NaN if all targets are equal."""
+
+    l2_ratio: Annotated[
+        float,
+        sae_mean(
+            "loss/eval/out_to_in/l2_ratio", lambda at: formulas.l2_ratio(at.output, at.target)
+        ),
+    ]
     """Mean over the tokens whose target is not zero; NaN if there is none."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How good the SAEs of a model are, on some tokens.
+    """Numbers that say how good the SAEs of a model are, on some tokens.
 
     Cross-entropies (`ce_*`) are nats per prediction of the next token, so without a sequence's last
     token. Everything else is a mean over all tokens.
@@ -57,23 +112,37 @@ class Evaluation:
     n_predictions: int
     """Tokens that have a next one."""
 
-    ce_loss_raw: float
-    """Cross-entropy of the model as it was."""
-
-    ce_loss: float
+    ce_loss: Annotated[float, PredictionMetric("performance/eval/ce_loss", formulas.cross_entropy)]
     """Cross-entropy with SAEs spliced in."""
 
-    ce_loss_zero_ablated: float
+    ce_loss_raw: Annotated[
+        float, PredictionMetric("performance/eval/ce_loss_raw", formulas.cross_entropy, of="raw")
+    ]
+    """Cross-entropy of the model as it was."""
+
+    ce_loss_zero_ablated: Annotated[
+        float,
+        PredictionMetric(
+            "performance/eval/ce_loss_zero_ablated", formulas.cross_entropy, of="zero_ablated"
+        ),
+    ]
     """Cross-entropy with zeros in place of what the SAEs write, at all positions at once."""
 
-    ce_loss_mean_ablated: float
+    ce_loss_mean_ablated: Annotated[
+        float,
+        PredictionMetric(
+            "performance/eval/ce_loss_mean_ablated", formulas.cross_entropy, of="mean_ablated"
+        ),
+    ]
     """The same with the raw model's activation, averaged over all tokens evaluated."""
 
-    logits_kl: float
-    """KL(raw || spliced) of the distributions over the next token, in nats."""
-
-    top1_agreement: float
+    top1_agreement: Annotated[
+        float, TokenMetric("performance/eval/top1_agreement", formulas.top1_agreement)
+    ]
     """Share of tokens after which raw and spliced model find the same token most likely."""
+
+    logits_kl: Annotated[float, TokenMetric("loss/eval/logits_kl", formulas.kl_divergence)]
+    """KL(raw || spliced) of the distributions over the next token, in nats."""
 
     positions: dict[str, PositionEvaluation]
     """Each SAE, by its hook point."""
@@ -86,12 +155,16 @@ class Evaluation:
     @property
     def ce_recovered_zero(self) -> float:
         """Share of what zero-ablation loses that the SAEs avert: see `recovered_fraction`."""
-        return recovered_fraction(self.ce_loss_raw, self.ce_loss, self.ce_loss_zero_ablated)
+        return formulas.recovered_fraction(
+            self.ce_loss_raw, self.ce_loss, self.ce_loss_zero_ablated
+        )
 
     @property
     def ce_recovered_mean(self) -> float:
         """Share of what mean-ablation loses that the SAEs avert: see `recovered_fraction`."""
-        return recovered_fraction(self.ce_loss_raw, self.ce_loss, self.ce_loss_mean_ablated)
+        return formulas.recovered_fraction(
+            self.ce_loss_raw, self.ce_loss, self.ce_loss_mean_ablated
+        )
 
     def metrics(self) -> dict[str, float]:
         """All numbers by their names in the logs.
@@ -99,35 +172,25 @@ class Evaluation:
         The names that the original system has are kept: `difference_ce_loss` is raw - spliced, so
         negative when the SAEs do harm, and `explained_variance` the mean of ratios per token.
         """
-        performance = {
-            "ce_loss": self.ce_loss,
-            "ce_loss_raw": self.ce_loss_raw,
-            "ce_loss_zero_ablated": self.ce_loss_zero_ablated,
-            "ce_loss_mean_ablated": self.ce_loss_mean_ablated,
-            "ce_loss_increase": self.ce_loss_increase,
-            "difference_ce_loss": -self.ce_loss_increase,
-            "ce_recovered_zero": self.ce_recovered_zero,
-            "ce_recovered_mean": self.ce_recovered_mean,
-            "top1_agreement": self.top1_agreement,
-        }
-        metrics = {f"performance/eval/{name}": value for name, value in performance.items()}
-        metrics["loss/eval/logits_kl"] = self.logits_kl
-        metrics["sparsity/alive_dict_elements_n_tokens"] = float(self.n_tokens)
-        for position, sae in self.positions.items():
-            error = "loss/eval/out_to_in"
-            metrics |= {
-                f"sparsity/eval/L_0/{position}": sae.l0,
-                f"sparsity/alive_dict_elements/{position}": float(sae.n_alive),
-                f"{error}/{position}": sae.mse,
-                f"{error}/explained_variance/{position}": sae.explained_variance_per_token,
-                f"{error}/explained_variance_std/{position}": sae.explained_variance_per_token_std,
-                f"{error}/explained_variance_ratio_of_sums/{position}": sae.explained_variance,
-                f"{error}/l2_ratio/{position}": sae.l2_ratio,
+        return (
+            logged(self, PredictionMetric)
+            | {
+                "performance/eval/ce_loss_increase": self.ce_loss_increase,
+                "performance/eval/difference_ce_loss": -self.ce_loss_increase,
+                "performance/eval/ce_recovered_zero": self.ce_recovered_zero,
+                "performance/eval/ce_recovered_mean": self.ce_recovered_mean,
             }
-        return metrics
+            | logged(self, TokenMetric)
+            | {"sparsity/alive_dict_elements_n_tokens": float(self.n_tokens)}
+            | {
+                f"{name}/{position}": value
+                for position, sae in self.positions.items()
+                for name, value in logged(sae, SAEMetric).items()
+            }
+        )
 
     def to_json(self) -> dict[str, Any]:  # JSON: numbers, strings, None and dicts of them
-        """What `eval.json` holds. A number that is not finite, which JSON cannot hold, is None."""
+        """Content of `eval.json`. A number that is not finite, which JSON cannot hold, is None."""
         return {
             "n_samples": self.n_samples,
             "n_tokens": self.n_tokens,

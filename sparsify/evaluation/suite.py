@@ -12,13 +12,14 @@ As in `evaluate` all SAEs take part at once, and what counts is `kept` tokens al
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsify.evaluation.batches import Batches, read_batches
 from sparsify.evaluation.evaluate import Kept, evaluate
 from sparsify.evaluation.forked_passes import ForkedPasses
 from sparsify.evaluation.geometry import nearest_cosine
@@ -39,7 +40,7 @@ RANDOM_ERROR_SEED = 0
 
 def evaluate_suite(
     model: SAETransformer,
-    batches: Iterable[Int[Tensor, "_ _"]],
+    batches: Batches,
     *,
     kept: Kept | None = None,
 ) -> Suite:
@@ -58,7 +59,7 @@ def evaluate_suite(
     evaluation = evaluate(model, batches, kept=kept)
     with eval_mode(model), torch.no_grad():
         third_reading = _ThirdReading(model, kept)
-        for tokens in batches:
+        for tokens in read_batches(model, batches):
             third_reading.add(tokens)
         return third_reading.result(evaluation)
 
@@ -138,12 +139,10 @@ class _ThirdReading:
 
     def add(self, tokens: Int[Tensor, "batch pos"]) -> None:
         """Measure a batch."""
-        on_device = tokens.to(self.device)
-        kept = torch.ones_like(on_device, dtype=torch.bool)
-        kept = kept if self.kept is None else self.kept(on_device)
+        kept = torch.ones_like(tokens, dtype=torch.bool) if self.kept is None else self.kept(tokens)
         if not kept.any():
             return
-        prefix = self.passes.shared_prefix(on_device)
+        prefix = self.passes.shared_prefix(tokens)
         raw_acts: dict[str, Tensor] = {}
         raw = self.passes.suffix(prefix, keep_hooks(self.later, raw_acts))
         norms = self._splice(prefix, raw_acts, kept)

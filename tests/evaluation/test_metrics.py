@@ -11,6 +11,7 @@ from sparsify.evaluation.metrics import (
     l2_ratio,
     recovered_fraction,
     squared_distance,
+    standard_deviation,
     top1_agreement,
     unexplained_per_token,
 )
@@ -53,6 +54,13 @@ def test_writing_the_mean_explains_nothing():
 
 def test_explained_variance_is_undefined_without_variance():
     assert math.isnan(explained_variance(0.0, 0.0))
+
+
+def test_standard_deviation_by_hand():
+    # 1, 3, 5: mean 3, squared distances 4, 0, 4, of which two are free: 8 / 2 = 4
+    assert standard_deviation(9.0, 35.0, 3) == pytest.approx(2.0)
+    assert standard_deviation(3.0, 3.0 - 1e-9, 3) == 0.0  # 1, 1, 1, with a rounding error
+    assert math.isnan(standard_deviation(1.0, 1.0, 1))
 
 
 def test_cross_entropy_by_hand():

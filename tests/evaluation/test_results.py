@@ -32,27 +32,27 @@ EVALUATION = Evaluation(
 )
 
 
-def test_metrics_have_the_names_and_values_of_the_logs():
-    assert EVALUATION.metrics() == {
-        "performance/eval/ce_loss": 3.5,
-        "performance/eval/ce_loss_raw": 3.0,
-        "performance/eval/ce_loss_zero_ablated": 8.0,
-        "performance/eval/ce_loss_mean_ablated": 7.0,
-        "performance/eval/ce_loss_increase": 0.5,
-        "performance/eval/difference_ce_loss": -0.5,
-        "performance/eval/ce_recovered_zero": 0.9,  # (8 - 3.5) / (8 - 3)
-        "performance/eval/ce_recovered_mean": 0.875,  # (7 - 3.5) / (7 - 3)
-        "performance/eval/top1_agreement": 0.5,
-        "loss/eval/logits_kl": 0.25,
-        f"loss/eval/out_to_in/{POSITION}": 0.5,
-        f"loss/eval/out_to_in/explained_variance/{POSITION}": -2.5,
-        f"loss/eval/out_to_in/explained_variance_std/{POSITION}": 4.0,
-        f"loss/eval/out_to_in/explained_variance_ratio_of_sums/{POSITION}": 0.625,
-        f"loss/eval/out_to_in/l2_ratio/{POSITION}": 0.75,
-        f"sparsity/eval/L_0/{POSITION}": 12.25,
-        f"sparsity/alive_dict_elements/{POSITION}": 1536.0,
-        "sparsity/alive_dict_elements_n_tokens": 2048.0,
-    }
+def test_metrics_have_the_names_values_and_order_of_the_logs():
+    assert list(EVALUATION.metrics().items()) == [
+        ("performance/eval/ce_loss", 3.5),
+        ("performance/eval/ce_loss_raw", 3.0),
+        ("performance/eval/ce_loss_zero_ablated", 8.0),
+        ("performance/eval/ce_loss_mean_ablated", 7.0),
+        ("performance/eval/ce_loss_increase", 0.5),
+        ("performance/eval/difference_ce_loss", -0.5),
+        ("performance/eval/ce_recovered_zero", 0.9),  # (8 - 3.5) / (8 - 3)
+        ("performance/eval/ce_recovered_mean", 0.875),  # (7 - 3.5) / (7 - 3)
+        ("performance/eval/top1_agreement", 0.5),
+        ("loss/eval/logits_kl", 0.25),
+        ("sparsity/alive_dict_elements_n_tokens", 2048.0),
+        (f"sparsity/eval/L_0/{POSITION}", 12.25),
+        (f"sparsity/alive_dict_elements/{POSITION}", 1536.0),
+        (f"loss/eval/out_to_in/{POSITION}", 0.5),
+        (f"loss/eval/out_to_in/explained_variance/{POSITION}", -2.5),
+        (f"loss/eval/out_to_in/explained_variance_std/{POSITION}", 4.0),
+        (f"loss/eval/out_to_in/explained_variance_ratio_of_sums/{POSITION}", 0.625),
+        (f"loss/eval/out_to_in/l2_ratio/{POSITION}", 0.75),
+    ]
 
 
 def test_json_holds_the_same_numbers():
