@@ -1,4 +1,4 @@
-"""Which active elements a logit comes from: gradient times activation in the spliced pass.
+"""Attribution of a logit to active elements: gradient times activation in the spliced pass.
 
 With c_j the activation of element j on a token, and L a logit, or the difference of two,
 
@@ -6,8 +6,8 @@ With c_j the activation of element j on a token, and L a logit, or the differenc
 
 is what L would lose if the element were ablated there, were L linear in c_j: the attribution
 patching of Nanda 2023 and Syed et al. 2023 (arXiv:2310.10348) with zero in place of the corrupted
-run, on SAE elements as in Marks et al. 2024 (arXiv:2403.19647). One backward pass gives it for all
-elements, where ablations take a run for each.
+pass, on SAE elements as in Marks et al. 2024 (arXiv:2403.19647). One backward pass gives it for all
+elements, where ablations take a forward pass for each.
 
 The derivative is that of all that comes behind: the direct path to the logits and those through
 later layers and later SAEs, whose codes and errors change as they do in a real ablation. What a
@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sparsify.evaluation.batches import text_tokens, token_id
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.acts import SAEActs
 from sparsify.saes.base import SAE, eval_mode
@@ -57,7 +58,7 @@ class Attributions:
     """The parts of all active elements of one sequence in a logit."""
 
     logit: float
-    """The logit, or difference of two, in the run that was differentiated."""
+    """The logit, or difference of two, in the pass that was differentiated."""
 
     c: dict[str, Float[Tensor, "pos n_dict"]]
     """The code of each SAE by position."""
@@ -80,10 +81,10 @@ class Attributions:
 
 def attribute_logit(
     model: SAETransformer,
-    tokens: Int[Tensor, "batch pos"],
-    vocab_id: int,
+    tokens: Int[Tensor, "batch pos"] | str,
+    vocab_id: int | str,
     *,
-    minus: int | None = None,
+    minus: int | str | None = None,
     token: int = -1,
     sae_positions: Sequence[str] | str | None = None,
     add_error: bool = False,
@@ -92,9 +93,9 @@ def attribute_logit(
 
     Args:
         model: Model and SAEs. Neither its gradients nor anything else of it is changed.
-        tokens: One sequence: a batch of one.
-        vocab_id: Whose logit.
-        minus: Whose logit is subtracted. None: none is.
+        tokens: One sequence: a batch of one, or a text, whose tokens are those of `to_tokens`.
+        vocab_id: Token whose logit is attributed: its id, or its text if that is one token.
+        minus: Token whose logit is subtracted, in the same way. None: none is.
         token: After which token of the sequence the logit is that of the next one, counted from 0,
             or from the end if negative.
         sae_positions: Positions whose SAE takes part. None or "all": each.
@@ -102,12 +103,16 @@ def attribute_logit(
             raw model, and later SAEs let through all that reaches them.
 
     Raises:
-        UserError: There are several sequences, a position has no SAE, or there is no such token or
-            vocabulary id.
+        UserError: There are several sequences, a position has no SAE, there is no such token or
+            vocabulary id, a text is not one token, or the model has no tokenizer for a text.
     """
     positions = model.chosen(sae_positions)
     hooked = model.hooked_model
     hooked.check_unembedding()
+    if isinstance(tokens, str):
+        tokens = text_tokens(model, tokens, "tokens")
+    vocab_id = token_id(model, vocab_id, "vocab_id")
+    minus = None if minus is None else token_id(model, minus, "minus")
     _check(tokens, token, [vocab_id, *([] if minus is None else [minus])], positions, hooked)
     seen: dict[str, SAEActs] = {}
     shifts: dict[str, Tensor] = {}
@@ -145,12 +150,19 @@ def code_attributions(
 
 
 def _check(
-    tokens: Tensor, token: int, vocab_ids: list[int], positions: list[str], model: HookedModel
+    tokens: object, token: int, vocab_ids: list[int], positions: list[str], model: HookedModel
 ) -> None:
     if not positions:
         raise UserError("sae_positions: names no SAE to attribute to; give at least one")
-    if len(tokens) != 1:
-        raise UserError(f"tokens: are {len(tokens)} sequences; give a batch of one")
+    if not isinstance(tokens, Tensor):
+        raise UserError(
+            f"tokens: a {type(tokens).__name__} is not a sequence; give a text, or a tensor of "
+            "token ids of shape (1, position)"
+        )
+    if tokens.ndim != 2 or len(tokens) != 1:
+        raise UserError(
+            f"tokens: have shape {tuple(tokens.shape)}; give one sequence, (1, position)"
+        )
     model.check_length(tokens.shape[1])
     check_tokens([token], tokens.shape[1], "token")
     d_vocab = model.unembed.d_vocab

@@ -64,14 +64,15 @@ def evaluate(
 
     Args:
         model: Model and SAEs.
-        batches: Token ids, of shape `batch pos`, which may differ between them. Read twice, and
-            must give the same sequences both times, in any batches and order: a list, or a loader
-            that starts again from the same place.
+        batches: Token ids, of shape `batch pos`, which may differ between them, or texts, each a
+            batch of one. Read twice, and must give the same sequences both times, in any batches
+            and order: a list, or a loader that starts again from the same place.
         kept: Says which tokens count, a boolean for each. None: all.
         chunk_size: Tokens whose logits exist at a time. None takes as many as are fast.
 
     Raises:
-        UserError: The model's logits are not those of its final norm and unembedding.
+        UserError: The model's logits are not those of its final norm and unembedding, or there are
+            texts and it has no tokenizer.
         ValueError: `batches` can be read only once, is empty or was not the same the second time,
             or a sequence has no next token to predict, or more tokens than the model's context.
     """

@@ -83,7 +83,7 @@ def intervention_effect(
 
     Args:
         model: Model and SAEs, which all take part.
-        batches: Token ids, of shape `batch pos`. Read once.
+        batches: Token ids, of shape `batch pos`, or texts, each a batch of one. Read once.
         interventions: Done to each sequence; their tokens are places in it.
         add_error: Whether what SAEs do not reconstruct is added, in both passes with SAEs. The
             interventions then act on the model as it was.
@@ -91,7 +91,8 @@ def intervention_effect(
         chunk_size: Tokens whose logits exist at a time. None takes as many as are fast.
 
     Raises:
-        UserError: There are no interventions, or they do not fit the SAEs or a sequence.
+        UserError: There are no interventions, or they do not fit the SAEs or a sequence, or there
+            are texts and the model has no tokenizer.
         ValueError: `batches` is empty, or a sequence has no next token to predict, or more tokens
             than the model's context.
     """

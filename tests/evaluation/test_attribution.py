@@ -225,7 +225,13 @@ def test_attributions_go_with_ablations_in_the_bundled_model():
         ({"token": 6}, "token: there is no token 6 in a sequence of 6; give -6 to 5"),
         ({"sae_positions": []}, "sae_positions: names no SAE to attribute to"),
         ({"sae_positions": "hook_embed"}, f"no SAE at 'hook_embed', only at {FIRST}"),
-        ({"tokens": torch.zeros(2, 6, dtype=torch.long)}, "tokens: are 2 sequences; give a batch"),
+        (
+            {"tokens": torch.zeros(2, 6, dtype=torch.long)},
+            r"tokens: have shape \(2, 6\); give one sequence",
+        ),
+        ({"tokens": "def"}, "tokens: is text, and the model has no tokenizer; give token ids"),
+        ({"vocab_id": "def"}, "vocab_id: is text, and the model has no tokenizer"),
+        ({"minus": "def"}, "minus: is text, and the model has no tokenizer"),
         ({"tokens": torch.zeros(1, 17, dtype=torch.long)}, "a sequence of 17 does not fit"),
     ],
 )
