@@ -1,1 +1,1 @@
-"""How good an SAETransformer is: metrics, `evaluate`, and the table of its result."""
+"""Evaluation of an SAETransformer: metrics, `evaluate`, and the table of its result."""

@@ -67,7 +67,7 @@ class TokenMetric:
 
 @dataclass(frozen=True)
 class SAETokens:
-    """What one SAE did on the tokens of a batch that count."""
+    """Activations of one SAE on the tokens of a batch that count."""
 
     c: Float[Tensor, "*sample n_dict"]
 
@@ -107,7 +107,7 @@ class SAETotals:
     d_out: int
 
     firings: FiringCounter
-    """How often each dictionary element fired."""
+    """Counts of how often each dictionary element fired."""
 
 
 def _no_sums(at: SAETokens) -> Mapping[str, Tensor]:

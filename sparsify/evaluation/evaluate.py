@@ -44,7 +44,7 @@ from sparsify.saes.base import eval_mode
 from sparsify.saes.firing import FiringCounter
 
 Kept = Callable[[Tensor], Tensor]
-"""From the tokens of a batch to which of them count."""
+"""A function from the tokens of a batch to a mask, true for those that count."""
 
 
 def evaluate(

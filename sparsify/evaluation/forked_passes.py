@@ -1,6 +1,6 @@
-"""Runs of one model on the same tokens that part before the first SAE.
+"""Passes of one model on the same tokens that part before the first SAE.
 
-Mean activations are summed here too: they decide what a run puts in place of an activation.
+Mean activations are summed here too: they decide what a pass puts in place of an activation.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ from sparsify.tlens.hooked_model import Hook, Prefix
 
 
 class ForkedPasses:
-    """Runs what comes before the first SAE once, and the rest as often as is asked for."""
+    """Passes that share what comes before the first SAE, which is computed once."""
 
     def __init__(self, model: SAETransformer) -> None:
         self.saes = model.saes
@@ -27,15 +27,15 @@ class ForkedPasses:
         self.last_sae_stop = max(map(stop_block, self.positions))
 
     def shared_prefix(self, tokens: Int[Tensor, "batch pos"]) -> Prefix:
-        """What all passes begin with."""
+        """The part with which all passes begin."""
         return self.model.prefix(tokens, self.start)
 
     def suffix(
         self, prefix: Prefix, hooks: Mapping[str, Hook], stop: int | None = None
     ) -> Float[Tensor, "batch pos d_model"]:
-        """One run on from the shared prefix, with hooks by hook point.
+        """One pass on from the shared prefix, with hooks by hook point.
 
-        `stop` is the block before which to stop. None runs all, to the final residual stream.
+        `stop` is the block before which to stop. None computes all, to the final residual stream.
         """
         return self.model.run(prefix, hooks, self.model.n_blocks if stop is None else stop)
 

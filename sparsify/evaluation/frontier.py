@@ -1,4 +1,4 @@
-"""What one kind of training needs where another gets as far: curves of runs, and reading them.
+"""Curves of runs, and reading off them what one kind of training needs to get as far as another.
 
 A curve is one seed's runs that differ in how sparse they are. It is read between its points and
 never beyond them, along straight lines in the logarithms of both L0 and what is read there: a
@@ -17,11 +17,11 @@ class Point:
     """One finished run with one SAE."""
 
     mix: str
-    """Which losses it was trained on: local, e2e, ..., after its kind where there are several."""
+    """Losses that it was trained on: local, e2e, ..., after its kind where there are several."""
 
     seed: int
     coeff: float
-    """What makes it sparse: k, a target for L0, or a coefficient."""
+    """Setting that makes it sparse: k, a target for L0, or a coefficient."""
 
     l0: float
     alive: int
@@ -35,7 +35,7 @@ class Spread:
 
     mean: float
     std: float
-    """Of a sample. NaN for one seed."""
+    """Standard deviation of a sample. NaN for one seed."""
 
     n_seeds: int
 
@@ -65,7 +65,7 @@ def curves_of(points: Iterable[Point]) -> Curves:
 
 
 def read_all(curves: Curves, read: Callable[[Curve], float | None]) -> dict[str, list[float]]:
-    """What is read on the curves of each mix, one number for each seed, in the same order.
+    """Numbers read on the curves of each mix, one for each seed, in the same order.
 
     Only seeds count that all mixes have, and on whose curves there is something to read in all of
     them, so that mixes are compared over the same seeds.

@@ -1,4 +1,4 @@
-"""How similar dictionary elements are, within one dictionary and between two.
+"""Similarity of dictionary elements, within one dictionary and between two.
 
 Elements are what an SAE writes: rows of `dict_elements`. Only their directions count. Those that
 never fire are mostly where they were initialised, so give the rows of the alive ones.
@@ -31,7 +31,7 @@ def nearest_cosine(
     others: Float[Tensor, "n_others d_out"] | None = None,
     chunk_size: int = 1024,
 ) -> Float[Tensor, " n_dict"]:
-    """Of each element, the cosine with the nearest of the others.
+    """Cosine of each element with the nearest of the others.
 
     Between -1 and 1; within one dictionary, high means that elements repeat each other (Braun et
     al. 2024, arXiv:2405.12241). NaN where there is no other.
@@ -70,7 +70,7 @@ def matched_cosine(
 
 @dataclass(frozen=True)
 class DictionarySimilarity:
-    """How similar two dictionaries, a and b, are."""
+    """Similarity of two dictionaries, a and b."""
 
     a_to_b: Float[Tensor, " n_dict_a"]
     """Cosine of each element of a with the nearest of b."""
@@ -110,7 +110,7 @@ class DictionarySimilarity:
 def compare_dictionaries(
     a: Float[Tensor, "n_dict_a d_out"], b: Float[Tensor, "n_dict_b d_out"]
 ) -> DictionarySimilarity:
-    """How similar two dictionaries of one hook point are: two seeds, or two kinds of training."""
+    """Compare two dictionaries of one hook point: of two seeds, or two kinds of training."""
     is_small = max(len(a), len(b)) <= MAX_MATCHED
     return DictionarySimilarity(
         a_to_b=nearest_cosine(a, b),

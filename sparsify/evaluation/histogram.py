@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Histogram:
-    """How many values lie in each bin."""
+    """Numbers of values in bins."""
 
     edges: list[float]
     """Bounds of the bins, one more than there are bins."""

@@ -108,7 +108,7 @@ def top1_agreement(
     orig_log_probs: Float[Tensor, "*sample d_vocab"],
     new_log_probs: Float[Tensor, "*sample d_vocab"],
 ) -> Bool[Tensor, "*sample"]:
-    """Whether both models find the same next token most likely.
+    """True where both models find the same next token most likely.
 
     Its mean over tokens lies between 0 and 1; higher is better.
     """

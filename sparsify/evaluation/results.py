@@ -134,7 +134,7 @@ class Evaluation:
             "performance/eval/ce_loss_mean_ablated", formulas.cross_entropy, of="mean_ablated"
         ),
     ]
-    """The same with the raw model's activation, averaged over all tokens evaluated."""
+    """Cross-entropy with the raw model's mean activation there, over all tokens evaluated."""
 
     top1_agreement: Annotated[
         float, TokenMetric("performance/eval/top1_agreement", formulas.top1_agreement)

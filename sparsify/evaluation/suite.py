@@ -1,4 +1,4 @@
-"""All that sparsify measures of SAEs: `evaluate`, and what takes more passes or looks at weights.
+"""The whole suite of metrics: `evaluate`, and what takes more passes or looks at weights.
 
 In addition to what `evaluate` does, each batch is read once more, for three passes that share
 everything before the first SAE:
@@ -44,7 +44,7 @@ def evaluate_suite(
     *,
     kept: Kept | None = None,
 ) -> Suite:
-    """All that is measured of the SAEs of `model` on some tokens.
+    """Measure all that there is to measure of the SAEs of `model` on some tokens.
 
     The model is left as it was. Takes about twice as long as `evaluate`.
 
@@ -97,7 +97,7 @@ def add_hook(error: Float[Tensor, "batch pos d_act"]) -> Hook:
 
 
 class RunningVariance:
-    """Sum of the squared distances of all rows to their mean, in one pass over batches.
+    """Sum of the squared distances of all rows to their mean, in one reading of the batches.
 
     That of each batch is computed from its own mean, and batches are merged as in Chan, Golub &
     LeVeque 1979, which does not lose digits where the mean is large.
@@ -163,7 +163,7 @@ class _ThirdReading:
     def _splice(
         self, prefix: Prefix, raw_acts: dict[str, Tensor], kept: Bool[Tensor, "batch pos"]
     ) -> dict[str, Float[Tensor, "batch pos"]]:
-        """Make the spliced pass; returns the norm of each SAE's error on each token."""
+        """Make the spliced pass, and return the norm of each SAE's error on each token."""
         norms: dict[str, Tensor] = {}
 
         def observe(position: str, acts: SAEActs) -> None:
@@ -191,7 +191,7 @@ class _ThirdReading:
             self.sums[f"n_l2_{name}", position] += (~part.isnan()).sum().item()
 
     def result(self, evaluation: Evaluation) -> Suite:
-        """What was measured, besides what `evaluate` did."""
+        """Numbers over all batches, with those that `evaluate` found."""
         return Suite(
             evaluation=evaluation,
             later={hook: self._later(hook) for hook in self.later},

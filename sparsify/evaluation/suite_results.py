@@ -1,4 +1,4 @@
-"""What the whole suite found, under the names of the logs and of `evaluation.json`."""
+"""Numbers that the whole suite finds, under the names of the logs and of `evaluation.json`."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from sparsify.evaluation.results import Evaluation, finite_or_none
 
 @dataclass(frozen=True)
 class LaterError:
-    """How far the residual stream of the spliced model is from the raw one's, behind the SAEs."""
+    """Distance of the spliced model's residual stream from the raw one's, behind the SAEs."""
 
     mse: float
     """Squared difference of spliced and raw activation, averaged over tokens and dimensions. Where
@@ -27,14 +27,14 @@ class LaterError:
 
 @dataclass(frozen=True)
 class PositionSuite:
-    """One SAE, besides what `PositionEvaluation` says of it."""
+    """Numbers of one SAE, in addition to those of `PositionEvaluation`."""
 
     l2_ratio_first: float
     """||output|| / ||target|| at the first position of a sequence, averaged over sequences. NaN if
     none of these tokens counts."""
 
     l2_ratio_rest: float
-    """The same of all other positions, averaged over tokens."""
+    """That ratio at all other positions, averaged over tokens."""
 
     densities: Float[Tensor, " n_dict"]
     """Share of tokens on which each element is active. 0: it is dead."""
@@ -43,11 +43,11 @@ class PositionSuite:
     """Cosine of each element with the nearest other one. NaN if there is no other."""
 
     nearest_alive: Float[Tensor, " n_alive"]
-    """The same of and among the alive elements."""
+    """That cosine of and among the alive elements."""
 
     @property
     def is_alive(self) -> Bool[Tensor, " n_dict"]:
-        """Which elements were active on a token or more."""
+        """True for elements that were active on a token or more."""
         return self.densities > 0
 
     @property
@@ -58,10 +58,10 @@ class PositionSuite:
 
 @dataclass(frozen=True)
 class Suite:
-    """All that is measured of the SAEs of a model, on some tokens."""
+    """Everything that is measured of the SAEs of a model, on some tokens."""
 
     evaluation: Evaluation
-    """What `evaluate` found."""
+    """Numbers that `evaluate` found."""
 
     later: dict[str, LaterError]
     """By hook point: before each block behind the first SAE, and after the last block."""
@@ -75,7 +75,7 @@ class Suite:
 
     @property
     def error_kl_ratio(self) -> float:
-        """How many times as much KL the SAEs' errors cost as random ones of the same norm.
+        """KL that the SAEs' errors cost, relative to that of random ones of the same norm.
 
         NaN if random ones cost nothing. For SAEs that were trained locally Gurnee 2024 ("SAE
         reconstruction errors are (empirically) pathological") found 2 to 4.5 in GPT-2.
@@ -102,7 +102,7 @@ class Suite:
         return metrics
 
     def to_json(self) -> dict[str, Any]:  # JSON: numbers, None, and lists and dicts of them
-        """What `evaluation.json` holds: what `eval.json` does, with more metrics and histograms."""
+        """Content of `evaluation.json`: that of `eval.json`, with more metrics and histograms."""
         histograms: dict[str, Any] = {}
         for position, sae in self.positions.items():
             n_dead = int(torch.count_nonzero(~sae.is_alive))

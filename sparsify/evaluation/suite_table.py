@@ -10,7 +10,7 @@ from sparsify.evaluation.table import align, format_table, number, percent
 
 
 def format_suite(suite: Suite) -> str:
-    """The tables of `format_table`, and what the suite measured besides."""
+    """The tables of `format_table`, and those of what else the suite measured."""
     return "\n".join(
         [
             format_table(suite.evaluation),
@@ -65,7 +65,7 @@ def format_similarities(
     """Pairs of dictionaries as a table, and what its columns mean.
 
     Args:
-        names: What is compared.
+        names: Dictionaries that are compared.
         similarities: By the places in `names` of a and b, and the hook point.
     """
     rows = [

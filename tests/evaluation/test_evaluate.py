@@ -113,7 +113,7 @@ def plain_cross_entropy(logits: Tensor, tokens: Tensor) -> float:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).item()
 
 
-def plain_run(model: SAETransformer, tokens: Tensor, hooks: dict[str, Any]) -> float:
+def plain_pass(model: SAETransformer, tokens: Tensor, hooks: dict[str, Any]) -> float:
     logits = model.hooked_model.run_with_logits(tokens, hooks)
     return plain_cross_entropy(logits, tokens)
 
@@ -145,7 +145,7 @@ def plain_sae_metrics(acts: SAEActs, position: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("model_fixture", ["tiny_model", "tiny_bridge"])
 @pytest.mark.parametrize("positions", [RESID, SEVERAL])
-def test_numbers_are_those_of_plain_runs_with_full_logits(
+def test_numbers_are_those_of_plain_passes_with_full_logits(
     request: pytest.FixtureRequest, tokens: Tensor, model_fixture: str, positions: list[str]
 ):
     model = build(request.getfixturevalue(model_fixture), positions)
@@ -159,8 +159,8 @@ def test_numbers_are_those_of_plain_runs_with_full_logits(
         expected = {
             "performance/eval/ce_loss_raw": plain_cross_entropy(orig_logits, tokens),
             "performance/eval/ce_loss": plain_cross_entropy(logits, tokens),
-            "performance/eval/ce_loss_zero_ablated": plain_run(model, tokens, zeros),
-            "performance/eval/ce_loss_mean_ablated": plain_run(model, tokens, means),
+            "performance/eval/ce_loss_zero_ablated": plain_pass(model, tokens, zeros),
+            "performance/eval/ce_loss_mean_ablated": plain_pass(model, tokens, means),
             "performance/eval/top1_agreement": (orig_logits.argmax(-1) == logits.argmax(-1))
             .float()
             .mean()
@@ -220,7 +220,7 @@ def test_logits_that_are_computed_in_another_way_are_refused_at_once(tiny_model:
         evaluate(build(tiny_model, RESID), [torch.tensor([[0]])])  # too short, too
 
 
-def test_blocks_before_the_first_sae_run_once_in_each_pass(tiny_model: Any, tokens: Tensor):
+def test_blocks_before_the_first_sae_run_once_in_each_reading(tiny_model: Any, tokens: Tensor):
     model = build(tiny_model, ["blocks.1.hook_mlp_out"])
     calls = [0, 0, 0]
     handles = []
@@ -233,7 +233,7 @@ def test_blocks_before_the_first_sae_run_once_in_each_pass(tiny_model: Any, toke
     evaluate(model, [tokens])
     for handle in handles:
         handle.remove()
-    # The first pass needs block 1 once more, for the mean of its MLP's output, and no block 2.
+    # The first reading needs block 1 once more, for the mean of its MLP's output, and no block 2.
     assert calls == [2, 5, 4]
 
 
@@ -262,7 +262,7 @@ def test_the_model_is_left_as_it_was(tiny_model: Any, tokens: Tensor, fails: boo
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_training_goes_on_after_an_evaluation(tiny_model: Any, tokens: Tensor):
+def test_training_continues_after_an_evaluation(tiny_model: Any, tokens: Tensor):
     model = build(tiny_model, SEVERAL)
     evaluate(model, [tokens])
     logits, _ = model(tokens)

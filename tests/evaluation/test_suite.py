@@ -155,7 +155,7 @@ def test_l2_ratio_is_that_of_the_scale(tiny_model: Any, tokens: Tensor):
 @pytest.mark.model
 @pytest.mark.parametrize("model_fixture", ["tiny_model", "tiny_bridge"])
 @pytest.mark.parametrize("positions", [RESID, SEVERAL])
-def test_numbers_are_those_of_plain_runs(
+def test_numbers_are_those_of_plain_passes(
     request: pytest.FixtureRequest, tokens: Tensor, model_fixture: str, positions: list[str]
 ):
     model = build(request.getfixturevalue(model_fixture), positions)
