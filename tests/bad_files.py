@@ -66,7 +66,7 @@ SETTINGS: dict[str, tuple[Mapping[str, Any], str]] = {
     ),
     "model's config has another size": (
         {"tlens_model_path": "FILES/huge"},
-        "weights and config.json of 'FILES/huge' do not belong together; copy the folder again (tok",
+        "weights and config.json of 'FILES/huge' do not belong together; copy the folder again",
     ),
     "model's config has more blocks": (
         {"tlens_model_path": "FILES/many_blocks"},

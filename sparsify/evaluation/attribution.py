@@ -86,7 +86,7 @@ def attribute_logit(
     *,
     minus: int | str | None = None,
     token: int = -1,
-    sae_positions: Sequence[str] | str | None = None,
+    sae_positions: Sequence[str] | str | None = "all",
     add_error: bool = False,
 ) -> Attributions:
     """Attributions of a logit to the active elements of SAEs, in eval mode.

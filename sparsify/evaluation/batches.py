@@ -27,13 +27,13 @@ def read_batches(
 
 
 def text_tokens(model: SAETransformer, text: str, setting: str) -> Int[Tensor, "1 pos"]:
-    """Tokens of a text as by `SAETransformer.to_tokens`, but never cut off at the context's end.
+    """Tokens of a text as by `SAETransformer.to_tokens`.
 
     Raises:
         UserError: The model has no tokenizer. `setting` is what the text was given as.
     """
     _check_tokenizer(model, setting)
-    return model.tlens_model.to_tokens(text, truncate=False)
+    return model.to_tokens(text)
 
 
 def token_id(model: SAETransformer, token: int | str, setting: str) -> int:

@@ -127,7 +127,9 @@ def _train_and_finish(run: AnyRun) -> None:
             saver.finish(session.save)
         with interrupt_says(line), explained_out_of_memory(run.memory_remedies):
             report_early_end(sink, run.n_samples, config.n_batches * config.batch_size, run.result)
-            run.finish(session)
+            report = run.finish(session)
+    # Below the progress bar, which is closed by now.
+    print(report)
 
 
 def _remove_if_worthless(run: AnyRun) -> None:

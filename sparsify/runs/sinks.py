@@ -142,7 +142,7 @@ def open_sinks(
             sinks.append(RunFolderSink(run_dir))
         if config.wandb_project is not None:
             sinks.append(WandbSink(config, run_name, run_dir))
-        sinks.append(TerminalSink(config.n_samples, items_per_sample, start))
+        sinks.append(TerminalSink(config.n_batches * config.batch_size, items_per_sample, start))
         yield CompositeSink(*sinks)
         has_failed = False
     finally:

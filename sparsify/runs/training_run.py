@@ -139,8 +139,8 @@ class TrainingRun(ABC, Generic[Batch]):
         """Train on the batches of a session: the loop."""
 
     @abstractmethod
-    def finish(self, session: "Session[Batch]") -> None:
-        """Evaluate what was trained, write the result, and say what came out."""
+    def finish(self, session: "Session[Batch]") -> str:
+        """Evaluate what was trained, write the result, and return what to say of it at the end."""
 
     def state_dict(self) -> dict[str, Any]:  # of several types
         """Return the state of this kind of run, except weights, stepper, loader and generators."""

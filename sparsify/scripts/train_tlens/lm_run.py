@@ -87,8 +87,8 @@ class LanguageModelRun(TrainingRun[Tensor]):
         n_batches = sys.maxsize if n_samples is None else -(-n_samples // self.config.batch_size)
         return text_loss(self.model, islice(self.eval_loader, n_batches), self.token_bytes)
 
-    def finish(self, session: Session[Tensor]) -> None:
-        """Evaluate the model and the trigram baseline on all held-out text; write its folder."""
+    def finish(self, session: Session[Tensor]) -> str:
+        """Evaluate model and trigram baseline on all held-out text, and write the model's folder."""
         assert self.run_dir is not None, "the config's validator refuses a save_dir of null"
         config, folder = self.config, self.run_dir / MODEL_FOLDER
         save_language_model(folder, self.model, torch.float16)
@@ -99,7 +99,7 @@ class LanguageModelRun(TrainingRun[Tensor]):
         baseline = self.trigram_loss()
         write_card(folder, config, self.model, self.tokenizer, loss, baseline, self.n_samples)
         plot_training(self.run_dir)
-        session.sink.console(
+        return (
             f"bits per byte: {loss.bits_per_byte:.3f}, trigram model {baseline.bits_per_byte:.3f}\n"
             f"model, tokenizer and card: {folder}"
         )

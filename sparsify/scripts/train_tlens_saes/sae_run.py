@@ -100,25 +100,26 @@ class SAERun(TrainingRun[Tensor]):
         self.evaluation = evaluate(self.model, self.eval_batches, kept=self.kept)
         return self.evaluation.metrics()
 
-    def finish(self, session: Session[Tensor]) -> None:
-        """Evaluate the SAEs, write the result, and say what came out and how to load it."""
+    def finish(self, session: Session[Tensor]) -> str:
+        """Evaluate the SAEs, write the result, and return what came out and how to load it."""
         session.log(self.evaluate())
         if self.evaluation is None and self.eval_batches:  # resumed at its end
             self.evaluation = evaluate(self.model, self.eval_batches, kept=self.kept)
-        if self.run_dir is not None and self.evaluation is not None:
-            result = json.dumps(self.evaluation.to_json(), indent=1) + "\n"
-            write_text(self.run_dir / RESULT_FILE, result)
+        report = []
         if self.evaluation is not None:
-            print(format_table(self.evaluation))
-        if self.run_dir is None:
-            return
-        plot_training(self.run_dir)
-        print(
-            "\nLoad the result:\n\n"
-            "  from sparsify import SAETransformer\n"
-            f'  model = SAETransformer.from_local_path("{self.run_dir}")\n'
-            '  logits, acts = model(model.to_tokens("def main("))\n'
-        )
+            report.append(format_table(self.evaluation))
+        if self.run_dir is not None:
+            if self.evaluation is not None:
+                result = json.dumps(self.evaluation.to_json(), indent=1) + "\n"
+                write_text(self.run_dir / RESULT_FILE, result)
+            plot_training(self.run_dir)
+            report.append(
+                "\nLoad the result:\n\n"
+                "  from sparsify import SAETransformer\n"
+                f'  model = SAETransformer.from_local_path("{self.run_dir}")\n'
+                '  logits, acts = model("def main(")\n'
+            )
+        return "\n".join(report)
 
     # What is opened
 
