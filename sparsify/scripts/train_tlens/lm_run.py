@@ -88,7 +88,7 @@ class LanguageModelRun(TrainingRun[Tensor]):
         return text_loss(self.model, islice(self.eval_loader, n_batches), self.token_bytes)
 
     def finish(self, session: Session[Tensor]) -> str:
-        """Evaluate model and trigram baseline on all held-out text, and write the model's folder."""
+        """Evaluate model and trigram baseline on all held-out text; write the model's folder."""
         assert self.run_dir is not None, "the config's validator refuses a save_dir of null"
         config, folder = self.config, self.run_dir / MODEL_FOLDER
         save_language_model(folder, self.model, torch.float16)
