@@ -5,18 +5,19 @@ So memory is bounded, no sequence comes twice in an epoch, and the place in the 
 the block begins, and how many of its sequences have been given out.
 """
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from itertools import chain
-from typing import Any
+import copy
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 
 import numpy as np
 from jaxtyping import Int32
-from torch.utils.data import IterableDataset, get_worker_info
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from sparsify.data.documents import Chunk, Documents, Position
+from sparsify.data.read_ahead import ReadAhead
 from sparsify.settings.base_config import UserError
 
 Sequences = Int32[np.ndarray, "sample pos"]
@@ -25,41 +26,53 @@ Pack = Callable[[Chunk, list[int]], tuple[Sequences, list[int]]]
 these and the tokens left over."""
 
 
-@dataclass(frozen=True)
 class TextPacker:
     """Puts an end-of-text token behind each document and cuts every `n_ctx` tokens.
 
-    Attributes:
+    Args:
+        tokenizer: The tokenizer; a copy of it is used.
+        n_ctx: Tokens in a sequence.
+        eos_token_id: The end-of-text token.
         bos_token_id: First token of every sequence. None: a sequence is text only.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    n_ctx: int
-    eos_token_id: int
-    bos_token_id: int | None
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        n_ctx: int,
+        eos_token_id: int,
+        bos_token_id: int | None,
+    ) -> None:
+        self.n_ctx = n_ctx
+        self.bos_token_id = bos_token_id
+        self._eos = np.array([eos_token_id], dtype=np.int32)
+        # A tokenizer cannot be set up for a call while another thread is in one.
+        self._tokenizer: Tokenizer = copy.deepcopy(tokenizer.backend_tokenizer)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # what looks like one in a document is text
 
     def __call__(self, chunk: Chunk, remainder: list[int]) -> tuple[Sequences, list[int]]:
         """See `Pack`."""
-        # What looks like a special token in a document is text.
-        ids: list[list[int]] = self.tokenizer(
-            chunk.documents,  # pyright: ignore[reportArgumentType]  # texts; ids have their own packer
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
-        ends = [[self.eos_token_id]] * len(ids)
+        parts = [np.array(remainder, dtype=np.int32)]
+        for text in chunk.documents:
+            parts += [self._ids(text), self._eos]
         if chunk.is_cut:
-            ends[-1] = []
-        pieces = chain.from_iterable(zip(ids, ends, strict=True))
-        tokens = np.fromiter(chain(remainder, *pieces), dtype=np.int32)
+            parts.pop()
+        tokens = np.concatenate(parts)
         n_text = self.n_ctx - (self.bos_token_id is not None)
         n_used = len(tokens) // n_text * n_text
         sequences = tokens[:n_used].reshape(-1, n_text)
         if self.bos_token_id is not None:
             sequences = np.insert(sequences, 0, self.bos_token_id, axis=1)
         return sequences, tokens[n_used:].tolist()
+
+    def _ids(self, text: str | list[int]) -> Int32[np.ndarray, " token"]:
+        assert isinstance(text, str), "ids have their own packer"
+        # Of the tokenizer's calls only those for batches let other threads run meanwhile. A batch
+        # of one text uses one thread, and an array by text holds the others up for a moment only.
+        [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        return np.array(encoding.ids, dtype=np.int32)
 
 
 @dataclass(frozen=True)
@@ -109,7 +122,7 @@ def check_length(n_tokens: int, n_ctx: int, name: str) -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a block of sequences begins.
+    """Place in the sequences: a block, and how far it has been given out.
 
     Attributes:
         epoch: Passes over the data before this one.
@@ -117,6 +130,7 @@ class Place:
         position: Position in the documents of the chunk in which the block begins.
         remainder: Tokens left over before that chunk.
         n_skipped: Sequences of that chunk that belong to earlier blocks.
+        n_given: Sequences of the block that have been given out, in its shuffled order.
     """
 
     epoch: int = 0
@@ -124,82 +138,65 @@ class Place:
     position: Position | None = None
     remainder: list[int] = field(default_factory=list)
     n_skipped: int = 0
+    n_given: int = 0
 
 
-class TokenSequences(IterableDataset[Int32[np.ndarray, " pos"]]):
-    """Sequences of tokens: `n_epochs` passes over documents, shuffled block by block.
+START = Place()
 
-    In a worker process the next block is read while one is given out, so at most two are held.
-    An iteration starts at the beginning, or where `load_state_dict` said.
+PlacedChunk = tuple[Place, Sequences]
+"""The sequences of a chunk, and where it begins; its `block` and `n_given` are not set."""
 
-    Args:
+
+@dataclass(frozen=True)
+class TokenSequences:
+    """Batches of token sequences: `n_epochs` passes over documents, shuffled block by block.
+
+    A thread reads a block ahead of the one that is given out, so at most two are held.
+
+    Attributes:
         documents: The text or token ids.
         pack: Makes sequences of them.
+        batch_size: Sequences in a batch. What is left for a last, shorter one is left out.
         n_epochs: None: no end.
         block_samples: Sequences in a block.
         seed: The order is a function of it and of the epoch.
         name: What to call the data in messages.
-        min_samples: Fewer sequences than this in all are an error.
     """
 
-    def __init__(
-        self,
-        documents: Documents,
-        pack: Pack,
-        *,
-        n_epochs: int | None,
-        block_samples: int,
-        seed: int,
-        name: str,
-        min_samples: int = 1,
-    ) -> None:
-        super().__init__()
-        self.documents = documents
-        self.pack = pack
-        self.n_epochs = n_epochs
-        self.block_samples = block_samples
-        self.seed = seed
-        self.name = name
-        self.min_samples = min_samples
-        self._place, self._n_given = Place(), 0
-        self._is_resumed = False
+    documents: Documents
+    pack: Pack
+    batch_size: int
+    n_epochs: int | None
+    block_samples: int
+    seed: int
+    name: str
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the iteration stands, in plain data."""
-        return {**asdict(self._place), "n_given": self._n_given}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next iteration go on where `state_dict` was called."""
-        fields = dict(state)
-        self._n_given = fields.pop("n_given")
-        self._place = Place(**fields)
-        self._is_resumed = (self._place, self._n_given) != (Place(), 0)
-
-    def __iter__(self) -> Iterator[Int32[np.ndarray, " pos"]]:
-        """See the class.
+    def batches(self, start: Place = START) -> Generator[tuple[Place, Sequences], None, None]:
+        """Iterate over the batches from `start` on, each with the place behind it.
 
         Raises:
-            UserError: The data hold fewer than `min_samples` sequences, or are not as configured.
+            UserError: There is not one batch from `START` on, or the data are not as configured.
         """
-        is_resumed, self._is_resumed = self._is_resumed, False
-        if not is_resumed:
-            self._place, self._n_given = Place(), 0
-        n_total, n_given = 0, self._n_given
-        blocks = self._blocks(self._place)
-        for place, sequences in _read_ahead(blocks) if get_worker_info() else blocks:
-            order = self._rng(place.epoch, place.block).permutation(len(sequences))
-            for index in order[n_given:]:
-                n_given += 1
-                self._place, self._n_given = place, n_given
-                yield sequences[index]
-            n_given = 0
-            n_total += len(sequences)
-        if n_total < self.min_samples and not is_resumed:
-            raise UserError(self._too_few(n_total))
+        rows: list[Int32[np.ndarray, " pos"]] = []
+        has_given = False
+        n_given = start.n_given
+        chunks = ReadAhead(self._chunks(start), lambda chunk: len(chunk[1]), self.block_samples)
+        with closing(chunks):
+            for place, sequences in _blocks(chunks, start.block, self.block_samples):
+                order = self._rng(place.epoch, place.block).permutation(len(sequences))
+                for index in order[n_given:]:
+                    rows.append(sequences[index])
+                    n_given += 1
+                    if len(rows) == self.batch_size:
+                        yield replace(place, n_given=n_given), np.stack(rows)
+                        has_given, rows = True, []
+                n_given = 0
+        if start == START and not has_given:
+            raise UserError(self._too_few(len(rows)))
 
     def samples_by_chunk(self) -> Iterator[int]:
-        """How many sequences each chunk of one epoch gives. The iteration stays where it is."""
-        return (len(sequences) for _, sequences in self._packed_chunks(Place()))
+        """Count the sequences of each chunk of one epoch; they are read for it."""
+        return (len(sequences) for _, sequences in self._chunks_of_epoch(START))
 
     def _rng(self, *stage: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *stage])
@@ -207,24 +204,44 @@ class TokenSequences(IterableDataset[Int32[np.ndarray, " pos"]]):
     def _too_few(self, n_samples: int) -> str:
         return (
             f"dataset_name: '{self.name}' holds {n_samples} sequences, less than one batch of "
-            f"{self.min_samples}; use more data, a smaller n_ctx or a smaller batch_size"
+            f"{self.batch_size}; use more data, a smaller n_ctx or a smaller batch_size"
         )
 
-    def _blocks(self, place: Place) -> Iterator[tuple[Place, Sequences]]:
+    def _chunks(self, place: Place) -> Iterator[PlacedChunk]:
+        """The chunks from `place` on, of this epoch and the later ones."""
         while self.n_epochs is None or place.epoch < self.n_epochs:
-            is_empty = place == Place(place.epoch)
-            for block in self._blocks_of_epoch(place):
-                is_empty = False
-                yield block
+            is_empty = place.position is None and place.n_skipped == 0
+            for here, sequences in self._chunks_of_epoch(place):
+                is_empty = is_empty and len(sequences) == 0
+                yield here, sequences
             if is_empty:
                 raise UserError(self._too_few(0))
             place = Place(epoch=place.epoch + 1)
 
-    def _blocks_of_epoch(self, place: Place) -> Iterator[tuple[Place, Sequences]]:
-        begin, block = place, place.block
+    def _chunks_of_epoch(self, place: Place) -> Iterator[PlacedChunk]:
+        # Sequences to skip may reach into later chunks, if the chunks were longer when the place
+        # was saved.
+        for chunk in self.documents.chunks(self._rng(place.epoch), place.position):
+            sequences, remainder = self.pack(chunk, place.remainder)
+            yield place, sequences
+            n_to_skip = max(0, place.n_skipped - len(sequences))
+            place = Place(place.epoch, 0, chunk.next, remainder, n_to_skip)
+
+
+def _blocks(
+    chunks: Iterator[PlacedChunk], block: int, block_samples: int
+) -> Iterator[tuple[Place, Sequences]]:
+    """Blocks of chunks, with where each begins. The last one of an epoch may be short.
+
+    Args:
+        chunks: See `PlacedChunk`.
+        block: Number of the first one in its epoch.
+        block_samples: Sequences in a block.
+    """
+    for _, chunks_of_epoch in groupby(chunks, lambda chunk: chunk[0].epoch):
         parts: list[Sequences] = []
-        n_missing = self.block_samples
-        for here, sequences in self._packed_chunks(place):
+        begin, n_missing = START, block_samples
+        for here, sequences in chunks_of_epoch:
             n_taken = min(here.n_skipped, len(sequences))
             while n_taken < len(sequences):
                 if not parts:
@@ -234,28 +251,7 @@ class TokenSequences(IterableDataset[Int32[np.ndarray, " pos"]]):
                 n_missing -= len(parts[-1])
                 if n_missing == 0:
                     yield begin, np.concatenate(parts)
-                    parts, n_missing, block = [], self.block_samples, block + 1
+                    parts, n_missing, block = [], block_samples, block + 1
         if parts:
             yield begin, np.concatenate(parts)
-
-    def _packed_chunks(self, place: Place) -> Iterator[tuple[Place, Sequences]]:
-        """Each chunk's sequences, with where the chunk begins (`block` is not set).
-
-        Sequences to skip may reach into later chunks, if the chunks were longer when the place was
-        saved.
-        """
-        for chunk in self.documents.chunks(self._rng(place.epoch), place.position):
-            sequences, remainder = self.pack(chunk, place.remainder)
-            yield place, sequences
-            n_to_skip = max(0, place.n_skipped - len(sequences))
-            place = Place(place.epoch, 0, chunk.next, remainder, n_to_skip)
-
-
-def _read_ahead(
-    blocks: Iterator[tuple[Place, Sequences]],
-) -> Iterator[tuple[Place, Sequences]]:
-    with ThreadPoolExecutor(max_workers=1) as reader:
-        upcoming = reader.submit(next, blocks, None)
-        while (block := upcoming.result()) is not None:
-            upcoming = reader.submit(next, blocks, None)
-            yield block
+        block = 0

@@ -82,7 +82,7 @@ def held_run_folder(run_dir: Path | None) -> Iterator[None]:
         raise _cannot_write(run_dir, error) from None
     with file:
         try:
-            # Of the process: a data worker that outlives a killed one does not hold it.
+            # Of the process: a child that outlives a killed one does not hold it.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):  # which one depends on the system
             raise UserError(

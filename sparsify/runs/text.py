@@ -2,7 +2,6 @@
 
 import time
 from itertools import islice
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,9 +21,7 @@ MAX_COUNT_SECONDS = 20.0
 """Time for which the samples of data are counted."""
 
 
-def open_text(
-    config: SAERunConfig, data: DataConfig, model: TLensModel, num_workers: Literal[0, 1] = 1
-) -> TokenLoader:
+def open_text(config: SAERunConfig, data: DataConfig, model: TLensModel) -> TokenLoader:
     """Return batches of training or held-out text, as long as those of the run."""
     return build_loader(
         data,
@@ -33,7 +30,6 @@ def open_text(
         seed=config.seed,
         d_vocab=model.cfg.d_vocab,
         model_n_ctx=model.cfg.n_ctx,
-        num_workers=num_workers,
     )
 
 
@@ -60,7 +56,7 @@ def load_eval_batches(config: SAERunConfig, model: TLensModel) -> list[Tensor]:
     if config.eval_data is None:
         return []
     n_batches = -(-config.eval_n_samples // config.batch_size)
-    loader = open_text(config, config.eval_data, model, num_workers=0)
+    loader = open_text(config, config.eval_data, model)
     device = next(model.parameters()).device
     return [tokens.to(device) for tokens in islice(loader, n_batches)]
 

@@ -1,27 +1,22 @@
 import io
-import multiprocessing
-import pickle
-import signal
-import subprocess
+import threading
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from sparsify.data import documents, faults
 from sparsify.data.config import DataConfig
 from sparsify.data.documents import TableRows
-from sparsify.data.loader import TokenLoader, _ReportingSequences, build_loader
+from sparsify.data.loader import TokenLoader, build_loader
 from sparsify.data.tokens import TextPacker, TokenSequences
 from sparsify.settings.base_config import UserError
-
-Workers = Literal[0, 1]
 
 
 @pytest.fixture(params=["files", "table", "ids"])
@@ -39,14 +34,11 @@ def data(request: pytest.FixtureRequest, tmp_path: Path, texts: list[str]) -> di
 def build(
     data: dict[str, Any],
     tokenizer: PreTrainedTokenizerFast,
-    num_workers: Workers = 0,
     **fields: Any,
 ) -> TokenLoader:
     options = {"n_ctx": 8, "shuffle_block_samples": 30, **data, **fields}
     config = DataConfig.model_validate(options)
-    return build_loader(
-        config, batch_size=4, tokenizer=tokenizer, seed=0, d_vocab=300, num_workers=num_workers
-    )
+    return build_loader(config, batch_size=4, tokenizer=tokenizer, seed=0, d_vocab=300)
 
 
 def as_lists(batches: list[Tensor]) -> list[list[list[int]]]:
@@ -101,53 +93,67 @@ def test_resumed_loader_gives_the_rest(
         assert rest == expected[n_before:]
 
 
-def test_resume_through_a_worker_process(data: dict[str, Any], tokenizer: PreTrainedTokenizerFast):
-    expected = as_lists(list(build(data, tokenizer, n_epochs=2)))
-    loader = build(data, tokenizer, num_workers=1, n_epochs=2)
-    assert as_lists(list(islice(loader, 5))) == expected[:5]
-    resumed = build(data, tokenizer, num_workers=1, n_epochs=2)
-    resumed.load_state_dict(saved_and_loaded(loader.state_dict()))
-    assert as_lists(list(resumed)) == expected[5:]
-
-
-def test_tokenizer_that_has_run_does_not_complain_about_the_worker(
-    source_tree: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    texts: list[str],
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-):
-    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
-    tokenizer(texts)
-    next(iter(build({"dataset_name": str(source_tree)}, tokenizer, num_workers=1)))
-    assert capfd.readouterr().err == ""
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_from_elsewhere_does_not_end_the_worker(
-    number: signal.Signals, source_tree: Path, tokenizer: PreTrainedTokenizerFast
-):
-    others = set(multiprocessing.active_children())
-    loader = build({"dataset_name": str(source_tree)}, tokenizer, num_workers=1)
-    batches = iter(loader)
-    next(batches)
-    [worker] = set(multiprocessing.active_children()) - others
-    assert worker.pid is not None
-    subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
-    assert len(list(batches)) + 1 == len(list(build({"dataset_name": str(source_tree)}, tokenizer)))
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
 def test_loader_saved_at_its_end_stays_there_once(
-    num_workers: Workers, source_tree: Path, tokenizer: PreTrainedTokenizerFast
+    source_tree: Path, tokenizer: PreTrainedTokenizerFast
 ):
     data = {"dataset_name": str(source_tree)}
-    loader = build(data, tokenizer, num_workers)
+    loader = build(data, tokenizer)
     n_batches = len(list(loader))
-    resumed = build(data, tokenizer, num_workers)
+    resumed = build(data, tokenizer)
     resumed.load_state_dict(loader.state_dict())
     assert list(resumed) == []
     assert len(list(resumed)) == n_batches
+
+
+def test_an_error_comes_after_the_batches_before_it(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(documents, "CHUNK_DOCUMENTS", 8)
+    Dataset.from_dict({"input_ids": [[1] * 8] * 40 + [[1] * 9]}).to_parquet(tmp_path / "t.parquet")
+    data = {"dataset_name": str(tmp_path / "t.parquet"), "is_tokenized": True}
+    given = iter(build(data, tokenizer, shuffle_block_samples=4))
+    assert len(list(islice(given, 10))) == 10
+    with pytest.raises(UserError, match="has 9 tokens, not 8"):
+        next(given)
+
+
+def reading_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
+
+
+@pytest.mark.parametrize("is_left_by_an_error", [False, True])
+def test_closed_it_reads_no_more_and_its_state_stays(
+    is_left_by_an_error: bool, data: dict[str, Any], tokenizer: PreTrainedTokenizerFast
+):
+    loader = build(data, tokenizer, n_epochs=None)
+    expected = as_lists(list(islice(loader, 12)))
+    assert reading_threads() == []
+    loader = build(data, tokenizer, n_epochs=None)
+    loader.close()
+    batches = iter(loader)
+    assert as_lists(list(islice(batches, 5))) == expected[:5]
+    assert len(reading_threads()) == 1
+    if is_left_by_an_error:
+        with pytest.raises(KeyboardInterrupt):
+            batches.throw(KeyboardInterrupt)
+    loader.close()
+    assert reading_threads() == []
+    resumed = build(data, tokenizer, n_epochs=None)
+    resumed.load_state_dict(loader.state_dict())
+    assert as_lists(list(islice(resumed, 7))) == expected[5:]
+
+
+def test_the_tokenizer_can_be_used_while_the_loader_reads(
+    source_tree: Path, tokenizer: PreTrainedTokenizerFast
+):
+    loader = build({"dataset_name": str(source_tree)}, tokenizer, n_epochs=None)
+    expected = as_lists(list(islice(loader, 200)))
+    given: list[Tensor] = []
+    for batch in islice(loader, 200):
+        given.append(batch)
+        # Changes settings of the tokenizer.
+        tokenizer("a<|endoftext|>b", truncation=True, max_length=2, split_special_tokens=False)
+    assert as_lists(given) == expected
 
 
 def test_loader_leaves_the_global_random_state_alone(
@@ -158,33 +164,20 @@ def test_loader_leaves_the_global_random_state_alone(
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_sequences_can_be_sent_to_a_process_that_is_no_fork(
-    data: dict[str, Any], tokenizer: PreTrainedTokenizerFast
-):
-    sequences = build(data, tokenizer)._loader.dataset
-    assert isinstance(sequences, TokenSequences)
-    copy = pickle.loads(pickle.dumps(sequences))
-    assert [row.tolist() for row in copy] == [row.tolist() for row in sequences]
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_bad_late_row_is_reported_in_one_line(
-    num_workers: Workers, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-):
+def test_bad_late_row_is_reported_in_one_line(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
     Dataset.from_dict({"input_ids": [[1] * 8] * 5 + [[1] * 9]}).to_parquet(tmp_path / "t.parquet")
     data = {"dataset_name": str(tmp_path / "t.parquet"), "is_tokenized": True}
     with pytest.raises(UserError, match=r"^n_ctx: a row of '.*' has 9 tokens, not 8; [^\n]*$"):
-        list(build(data, tokenizer, num_workers))
+        list(build(data, tokenizer))
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
 def test_table_with_a_damaged_later_file_is_reported_in_one_line(
-    num_workers: Workers, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ):
     (tmp_path / "table").mkdir()
     Dataset.from_dict({"text": ["X" * 20]}).to_parquet(tmp_path / "table" / "0.parquet")
     (tmp_path / "table" / "1.parquet").write_text("no parquet")
-    loader = build({"dataset_name": str(tmp_path / "table")}, tokenizer, num_workers)
+    loader = build({"dataset_name": str(tmp_path / "table")}, tokenizer)
     message = r"^dataset_name: '.*table.1.parquet', a file of [^\n]*; replace the damaged [^\n]*$"
     with pytest.raises(UserError, match=message):
         list(loader)
@@ -208,23 +201,22 @@ class _Flaky:
 
 
 def flaky_loader(
-    texts: list[str], tokenizer: PreTrainedTokenizerFast, num_workers: Workers, flaky: _Flaky
+    texts: list[str], tokenizer: PreTrainedTokenizerFast, flaky: _Flaky
 ) -> TokenLoader:
     rows = IterableDataset.from_generator(flaky)
-    sequences = _ReportingSequences(
+    sequences = TokenSequences(
         TableRows(rows, "text", is_tokenized=False, name="flaky"),
         TextPacker(tokenizer, 8, 0, None),
+        batch_size=4,
         n_epochs=2,
         block_samples=30,
         seed=0,
         name="flaky",
     )
-    return TokenLoader(sequences, 4, num_workers)
+    return TokenLoader(sequences)
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
 def test_batches_and_states_are_the_same_in_spite_of_a_transient_error(
-    num_workers: Workers,
     tmp_path: Path,
     texts: list[str],
     tokenizer: PreTrainedTokenizerFast,
@@ -236,7 +228,7 @@ def test_batches_and_states_are_the_same_in_spite_of_a_transient_error(
 
     def load(fails_before: list[int]) -> TokenLoader:
         flaky = _Flaky(texts, tmp_path / "marks", fails_before)
-        return flaky_loader(texts, tokenizer, num_workers, flaky)
+        return flaky_loader(texts, tokenizer, flaky)
 
     expected = list(load([]))
     loader = load([0, 9, 10, 39])
@@ -260,30 +252,26 @@ def test_rows_of_another_length_are_rejected_at_once(
         build({"dataset_name": str(tmp_path / "t.parquet"), "is_tokenized": True}, tokenizer)
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
 def test_short_text_without_one_batch_is_rejected(
-    num_workers: Workers, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ):
     (tmp_path / "a.txt").write_text("X" * 20)
     with pytest.raises(UserError, match=r"a.txt' holds 2 sequences, less than one batch of 4; use"):
-        build({"dataset_name": str(tmp_path / "a.txt")}, tokenizer, num_workers)
+        build({"dataset_name": str(tmp_path / "a.txt")}, tokenizer)
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_table_without_one_batch_is_rejected(
-    num_workers: Workers, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-):
+def test_table_without_one_batch_is_rejected(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
     Dataset.from_dict({"text": ["X" * 20]}).to_parquet(tmp_path / "t.parquet")
-    loader = build({"dataset_name": str(tmp_path / "t.parquet")}, tokenizer, num_workers)
+    loader = build({"dataset_name": str(tmp_path / "t.parquet")}, tokenizer)
     with pytest.raises(UserError, match=r"t.parquet' holds 2 sequences, less than one batch of 4"):
         list(loader)
 
 
-def refusal(tokenizer: PreTrainedTokenizerFast | None, **options: Any) -> str:
+def refusal(tokenizer: PreTrainedTokenizerBase | None, **options: Any) -> str:
     fields = options.pop("fields", {})
     config = DataConfig(dataset_name="python-stdlib", n_ctx=8, **fields)
     with pytest.raises(UserError) as error:
-        build_loader(config, batch_size=4, tokenizer=tokenizer, seed=0, num_workers=0, **options)
+        build_loader(config, batch_size=4, tokenizer=tokenizer, seed=0, **options)
     return str(error.value)
 
 
@@ -294,6 +282,11 @@ def test_data_that_do_not_suit_the_model_are_rejected(tokenizer: PreTrainedToken
     message = refusal(tokenizer, d_vocab=299, fields={"tokenizer_name": "mine"})
     assert "'mine' has token ids up to 299, but the model's vocabulary has 299 ids" in message
     assert "text needs a tokenizer and the model has none; name one" in refusal(None)
+
+
+def test_slow_tokenizer_is_rejected():
+    message = "tokenizer_name: 'bytes' has no fast version (tokenizer.json); use one that has"
+    assert refusal(ByT5Tokenizer(), fields={"tokenizer_name": "bytes"}) == message
 
 
 def test_tokenizer_without_the_tokens_that_are_needed_is_rejected(

@@ -1,4 +1,6 @@
+import copy
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import islice
 
 import numpy as np
@@ -6,7 +8,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from sparsify.data.documents import Chunk, Position
-from sparsify.data.tokens import IdPacker, Pack, TextPacker, TokenSequences
+from sparsify.data.tokens import START, IdPacker, Place, TextPacker, TokenSequences
 from sparsify.settings.base_config import UserError
 
 
@@ -35,21 +37,29 @@ def id_sequences(
     chunk_size: int = 3,
     n_epochs: int | None = 1,
     seed: int = 0,
-    min_samples: int = 1,
+    batch_size: int = 1,
 ) -> TokenSequences:
     return TokenSequences(
         InOrder(rows_of_ids(n_rows), chunk_size),
         IdPacker(2, "rows", d_vocab=101),
+        batch_size=batch_size,
         n_epochs=n_epochs,
         block_samples=5,
         seed=seed,
         name="rows",
-        min_samples=min_samples,
     )
 
 
-def numbers(sequences: TokenSequences) -> list[int]:
-    return [int(row[0]) for row in sequences]
+def numbers(
+    sequences: TokenSequences, start: Place = START, n_batches: int | None = None
+) -> list[int]:
+    batches = islice(sequences.batches(start), n_batches)
+    return [int(number) for _, batch in batches for number in batch[:, 0]]
+
+
+def place_after(n_batches: int, sequences: TokenSequences) -> Place:
+    places = [START, *(place for place, _ in islice(sequences.batches(), n_batches))]
+    return places[-1]
 
 
 def letters(n_ctx: int, bos_token_id: int | None, tokenizer: PreTrainedTokenizerFast) -> TextPacker:
@@ -84,12 +94,13 @@ def test_sequences_in_order_are_the_text(
     sequences = TokenSequences(
         InOrder(texts, chunk_size),
         letters(8, bos_token_id, tokenizer),
+        batch_size=1,
         n_epochs=1,
         block_samples=1,
         seed=0,
         name="texts",
     )
-    rows = np.stack(list(sequences))
+    rows = np.concatenate([batch for _, batch in sequences.batches()])
     tokens = rows.reshape(-1) if bos_token_id is None else rows[:, 1:].reshape(-1)
     expected = "".join(text + "<|endoftext|>" for text in texts)
     decoded = tokenizer.decode(tokens)
@@ -127,51 +138,61 @@ def test_order_is_a_function_of_the_seed_and_not_of_the_chunks():
     assert numbers(id_sequences(23, seed=1)) != numbers(id_sequences(23, seed=2))
 
 
-def test_an_iteration_starts_anew_each_time():
-    sequences = id_sequences(23)
-    first = [int(row[0]) for row in islice(sequences, 7)]
-    assert numbers(sequences)[:7] == first
-    assert numbers(sequences)[:7] == first
-
-
 @pytest.mark.parametrize("chunk_size", [1, 5, 8, 100])
 @pytest.mark.parametrize("n_epochs", [2, None])
-def test_resumed_anywhere_it_gives_the_rest(chunk_size: int, n_epochs: int | None):
-    whole = id_sequences(13, chunk_size, n_epochs=n_epochs)
-    expected = [int(row[0]) for row in islice(whole, 26)]
-    for n_before in range(27):
-        interrupted = id_sequences(13, chunk_size, n_epochs=n_epochs)
-        rows = iter(interrupted)
-        assert [int(row[0]) for row in islice(rows, n_before)] == expected[:n_before]
-        resumed = id_sequences(13, chunk_size, n_epochs=n_epochs)
-        resumed.load_state_dict(interrupted.state_dict())
-        rest = [int(row[0]) for row in islice(resumed, 26 - n_before)]
-        assert rest == expected[n_before:]
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_resumed_anywhere_it_gives_the_rest(chunk_size: int, n_epochs: int | None, batch_size: int):
+    def build() -> TokenSequences:
+        return id_sequences(13, chunk_size, n_epochs=n_epochs, batch_size=batch_size)
+
+    n_total = 26 // batch_size
+    expected = numbers(build(), n_batches=n_total)
+    for n_before in range(n_total + 1):
+        place = place_after(n_before, build())
+        rest = numbers(build(), place, n_total - n_before)
+        assert rest == expected[n_before * batch_size :]
 
 
 def test_size_of_the_chunks_may_change_before_it_is_resumed():
     expected = numbers(id_sequences(23, chunk_size=23))
-    interrupted = id_sequences(23, chunk_size=23)
-    list(islice(interrupted, 12))
-    resumed = id_sequences(23, chunk_size=4)
-    resumed.load_state_dict(interrupted.state_dict())
-    assert numbers(resumed) == expected[12:]
+    place = place_after(12, id_sequences(23, chunk_size=23))
+    assert numbers(id_sequences(23, chunk_size=4), place) == expected[12:]
 
 
 def test_text_is_resumed_with_the_tokens_left_over(
     tokenizer: PreTrainedTokenizerFast, texts: list[str]
 ):
-    def build() -> TokenSequences:
-        pack: Pack = letters(8, None, tokenizer)
-        documents = InOrder(texts, chunk_size=4)
-        return TokenSequences(documents, pack, n_epochs=2, block_samples=50, seed=0, name="texts")
+    sequences = TokenSequences(
+        InOrder(texts, chunk_size=4),
+        letters(8, None, tokenizer),
+        batch_size=1,
+        n_epochs=2,
+        block_samples=50,
+        seed=0,
+        name="texts",
+    )
+    places, rows = zip(*sequences.batches(), strict=True)
+    for n_before in range(1, len(rows), 61):
+        rest = [row.tolist() for _, row in sequences.batches(places[n_before - 1])]
+        assert rest == [row.tolist() for row in rows[n_before:]]
 
-    expected = [row.tolist() for row in build()]
-    for n_before in range(0, len(expected), 61):
-        interrupted, resumed = build(), build()
-        list(islice(interrupted, n_before))
-        resumed.load_state_dict(interrupted.state_dict())
-        assert [row.tolist() for row in resumed] == expected[n_before:]
+
+def test_batches_that_are_short_are_left_out():
+    given = numbers(id_sequences(23, batch_size=4))
+    assert given == numbers(id_sequences(23))[:20]
+
+
+def test_settings_of_the_tokenizer_are_not_touched_and_have_no_effect(
+    tokenizer: PreTrainedTokenizerFast,
+):
+    cut = copy.deepcopy(tokenizer)
+    cut.backend_tokenizer.enable_truncation(2)
+    cut.backend_tokenizer.enable_padding(length=9)
+    before = cut.backend_tokenizer.to_str()
+    chunk = Chunk(["XYX", "Z"], [2])
+    assert letters(100, None, cut)(chunk, [])[1] == letters(100, None, tokenizer)(chunk, [])[1]
+    assert cut.backend_tokenizer.to_str() == before
+    assert not cut.backend_tokenizer.encode_special_tokens
 
 
 def test_what_is_read_ahead_is_bounded():
@@ -185,10 +206,17 @@ def test_what_is_read_ahead_is_bounded():
 
     documents = Endless()
     sequences = TokenSequences(
-        documents, IdPacker(2, "rows", None), n_epochs=None, block_samples=5, seed=0, name="rows"
+        documents,
+        IdPacker(2, "rows", None),
+        batch_size=1,
+        n_epochs=None,
+        block_samples=5,
+        seed=0,
+        name="rows",
     )
-    list(islice(sequences, 11))  # in the third block of 5, and so in the fifth chunk of 3
-    assert documents.n_chunks == 5
+    with closing(sequences.batches()) as batches:
+        list(islice(batches, 11))  # in the third block of 5, and so in the fifth chunk of 3
+    assert 5 <= documents.n_chunks <= 7  # two chunks hold the block ahead
 
 
 @pytest.mark.parametrize(
@@ -208,4 +236,4 @@ def test_bad_rows_are_rejected(rows: list[list[int]], message: str):
 def test_less_than_one_batch_is_rejected(n_rows: int, n_epochs: int | None):
     message = f"dataset_name: 'rows' holds {n_rows} sequences, less than one batch of 4; use more"
     with pytest.raises(UserError, match=message):
-        numbers(id_sequences(n_rows, n_epochs=n_epochs, min_samples=4))
+        numbers(id_sequences(n_rows, n_epochs=n_epochs, batch_size=4))

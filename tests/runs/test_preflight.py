@@ -98,7 +98,7 @@ def ten_samples(folder: Path, n_epochs: int | None) -> tuple[DataConfig, TokenLo
     path = folder / "ten.jsonl"
     path.write_text("".join(json.dumps({"input_ids": [i, i, i]}) + "\n" for i in range(10)))
     data = DataConfig(dataset_name=str(path), is_tokenized=True, n_ctx=3, n_epochs=n_epochs)
-    return data, build_loader(data, batch_size=2, tokenizer=None, seed=0, num_workers=0)
+    return data, build_loader(data, batch_size=2, tokenizer=None, seed=0)
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 import sys
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -162,10 +162,10 @@ class LanguageModelRun(TrainingRun[Tensor]):
     def open_eval_data(self) -> str:
         """Open the held-out text."""
         data = self.config.eval_data
-        self.eval_loader = self.open_text(data, num_workers=0)
+        self.eval_loader = self.open_text(data)
         return f"{data.dataset_name} {data.split}, sequences of {data.n_ctx} tokens"
 
-    def open_text(self, data: DataConfig, num_workers: Literal[0, 1] = 1) -> TokenLoader:
+    def open_text(self, data: DataConfig) -> TokenLoader:
         """Return batches of training or held-out text."""
         return build_loader(
             data,
@@ -174,7 +174,6 @@ class LanguageModelRun(TrainingRun[Tensor]):
             seed=self.config.seed,
             d_vocab=self.config.model.d_vocab,
             model_n_ctx=self.config.model.n_ctx,
-            num_workers=num_workers,
         )
 
     def build(self) -> None:
