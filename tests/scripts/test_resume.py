@@ -115,7 +115,6 @@ def test_a_signal_to_every_process_loses_nothing(config: Path):
         for line in process.stderr:
             if "/100,000 samples: loss" in line:
                 break
-        subprocess.run(["pkill", "-TERM", "-P", str(process.pid)], check=True)  # the data worker
         os.killpg(process.pid, signal.SIGTERM)
         last_lines = process.stderr.read()
     assert process.returncode == 130
