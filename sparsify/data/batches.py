@@ -1,4 +1,4 @@
-"""The interface between a training loop and its data, whatever a batch holds."""
+"""Interface between a training loop and its data, whatever a batch holds."""
 
 from collections.abc import Iterator
 from typing import Any, Protocol, TypeVar

@@ -1,4 +1,7 @@
-"""What to train on. Imports nothing heavy, so that a wrong setting is reported at once."""
+"""Settings of the data to train on.
+
+Imports nothing heavy, so that a wrong setting is reported at once.
+"""
 
 from difflib import get_close_matches
 from typing import Self
@@ -87,12 +90,12 @@ class DataConfig(BaseConfig):
 
     @property
     def column(self) -> str:
-        """The column that will be read."""
+        """Name of the column that will be read."""
         return self.column_name or ("input_ids" if self.is_tokenized else "text")
 
 
 def table_settings(config: DataConfig) -> str:
-    """What `config` sets that only a table can obey, as `name: value, ...`, or nothing."""
+    """Return the settings that only a table can obey, as `name: value, ...`, or nothing."""
     defaults = {"subset": None, "streaming": True, "is_tokenized": False, "column_name": None}
     given = {name: getattr(config, name) for name in defaults}
     return ", ".join(f"{name}: {given[name]}" for name in defaults if given[name] != defaults[name])

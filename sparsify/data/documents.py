@@ -1,4 +1,4 @@
-"""Streams of documents that can stop anywhere and go on there later.
+"""Streams of documents that can stop anywhere and be resumed there.
 
 A stream gives its documents in chunks. With each chunk comes the position behind it, in plain data
 that a checkpoint can hold; the stream can be entered again at any such position. What is held in
@@ -34,7 +34,7 @@ class Chunk:
     Attributes:
         documents: All texts, or all lists of token ids.
         next: Position behind them.
-        is_cut: The last document goes on in the next chunk.
+        is_cut: The last document continues in the next chunk.
     """
 
     documents: list[str] | list[list[int]]
@@ -46,7 +46,7 @@ class Documents(Protocol):
     """Documents in an order that a random generator decides."""
 
     def chunks(self, rng: np.random.Generator, position: Position | None) -> Iterator[Chunk]:
-        """The documents from `position` on. None is the start.
+        """Iterate over the documents from `position` on. None is the start.
 
         A position is valid only with a generator in the state that it had when the position was
         made.
@@ -73,11 +73,11 @@ class TextFiles:
         n_done, offset = position or (0, 0)
         texts: list[str] = []
         while n_done < len(order):
-            goes_on = offset > 0
+            continues = offset > 0
             text, offset = self._read(self.paths[order[n_done]], offset)
             n_done += offset == 0
             # A document that was cut needs an end, even if nothing of it is left.
-            texts += [text] if text or goes_on else []
+            texts += [text] if text or continues else []
             if offset or len(texts) == CHUNK_DOCUMENTS or sum(map(len, texts)) >= CHUNK_CHARS:
                 yield Chunk(texts, [n_done, offset], is_cut=offset > 0)
                 texts = []
@@ -85,7 +85,7 @@ class TextFiles:
             yield Chunk(texts, [n_done, 0])
 
     def is_small(self) -> bool:
-        """Whether all files together fit into one chunk."""
+        """Return True if all files together fit into one chunk."""
         return (
             len(self.paths) <= CHUNK_DOCUMENTS
             and sum(path.stat().st_size for path in self.paths) <= CHUNK_CHARS
@@ -103,12 +103,12 @@ class TextFiles:
         except EOFError:
             raise UserError(
                 f"dataset_name: '{path}' has become shorter than the {offset} bytes already read "
-                f"of it; restore it, then resume the run, or start anew with it as it is"
+                f"of it; restore it, then resume the run, or start a new run with it as it is"
             ) from None
         except OSError as error:
             raise UserError(
                 f"dataset_name: '{path}' cannot be read ({error.strerror or error}); "
-                f"restore it, make it readable, or start anew without it"
+                f"restore it, make it readable, or start a new run without it"
             ) from None
 
 
@@ -178,7 +178,7 @@ class TableRows:
                 yield Chunk(documents, [index + 1, None])
 
     def contents(self, row: dict[str, Any]) -> list[str] | list[list[int]]:
-        """The document of a row, or nothing if it is empty.
+        """Return the document of a row, or nothing if it is empty.
 
         Raises:
             UserError: The row does not hold what `is_tokenized` says.

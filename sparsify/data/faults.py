@@ -1,8 +1,9 @@
-"""Which errors of reading data may pass, and how long to wait for that.
+"""Errors of reading data that may pass, and the time to wait for that.
 
 A stream of a day meets errors that are gone a second later: a connection that was closed, a server
-that is busy, a file server that does not answer. They are waited out, and whoever reads goes on
-behind the last row that came. All others, such as a damaged file, are the same on every try.
+that is busy, a file server that does not answer. They are waited out, and reading
+resumes behind the last row that came. All others, such as a damaged file, are the same on every
+try.
 """
 
 import errno
@@ -17,7 +18,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from sparsify.settings.secrets import one_line
 
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
-"""Seconds before each try after the first. One that succeeds lets the count begin anew."""
+"""Seconds before each try after the first. One that succeeds resets the count."""
 
 _Value = TypeVar("_Value")
 _LOGGER = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ _TRANSIENT_ERRNOS = {
 
 
 def is_transient(error: Exception, is_local: bool) -> bool:
-    """Whether the same read may succeed a little later.
+    """Return True if the same read may succeed a little later.
 
     Args:
         error: What the read raised.
@@ -99,12 +100,12 @@ class Patience:
         return True
 
     def so_far(self) -> str:
-        """How often was tried, for the message of the error that was not waited out."""
+        """Count of the tries, for the message of the error that was not waited out."""
         return f", tried {self._n_errors + 1} times" if self._n_errors else ""
 
 
 def retried(read: Callable[[], _Value], name: str) -> _Value:
-    """What `read` returns from a local file, tried again after transient errors.
+    """Return what `read` returns from a local file, tried again after transient errors.
 
     The last error is raised if they do not pass.
     """

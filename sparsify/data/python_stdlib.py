@@ -15,7 +15,7 @@ _VALIDATION_PERCENT = 5
 
 
 def iter_files(split: Literal["train", "validation"]) -> list[Path]:
-    """The source files of a split, in the order of their paths."""
+    """Return the source files of a split, in the order of their paths."""
     root = Path(sysconfig.get_path("stdlib"))
     names: list[str] = []
     for folder, subfolders, files in os.walk(root):
@@ -26,7 +26,7 @@ def iter_files(split: Literal["train", "validation"]) -> list[Path]:
 
 
 def split_of(relative_path: str) -> Literal["train", "validation"]:
-    """The split of a file, from its path below the library's folder, with forward slashes."""
+    """Return the split of a file, from its path in the library's folder, with forward slashes."""
     digest = hashlib.sha256(relative_path.encode()).digest()
     is_validation = int.from_bytes(digest[:8], "big") % 100 < _VALIDATION_PERCENT
     return "validation" if is_validation else "train"

@@ -1,4 +1,4 @@
-"""An iterator whose items are made in a thread, before they are asked for."""
+"""Iterator whose items are made in a thread, before they are asked for."""
 
 import threading
 import weakref
@@ -43,7 +43,7 @@ class ReadAhead(Iterator[Item]):
 
 
 class _Shelf(Generic[Item]):
-    """Where the thread puts items and the caller takes them."""
+    """Place where the thread puts items and the caller takes them."""
 
     def __init__(self, items: Iterator[Item], size: Callable[[Item], int], max_size: int) -> None:
         self.items = items

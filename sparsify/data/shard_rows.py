@@ -13,11 +13,11 @@ from sparsify.settings.base_config import UserError
 from sparsify.settings.secrets import one_line
 
 State = dict[str, Any]
-"""What `datasets` needs to enter a shard again; its contents are its own business."""
+"""State that `datasets` needs to enter a shard again; its contents are its own business."""
 
 
 class ShardRows:
-    """Reads a shard; after an error that may pass, goes on exactly behind the last row that came.
+    """Reads a shard; after an error that may pass, resumes exactly behind the last row that came.
 
     Args:
         open_shard: Makes the shard, at its first row.
@@ -41,7 +41,7 @@ class ShardRows:
         self._shard = open_shard()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The rows.
+        """Iterate over the rows.
 
         Raises:
             UserError: The next row cannot be read, now or in a while.
@@ -61,13 +61,13 @@ class ShardRows:
                     raise UserError(self._refusal(error, patience.so_far())) from error
 
     def state_dict(self) -> State:
-        """Where the last row that came ends."""
+        """Return the place behind the last row that came."""
         self._state, self._n_rows = self._shard.state_dict(), 0
         return self._state
 
     def _rows_to_come(self) -> Iterator[dict[str, Any]]:
         # An iteration that has raised is over, and its state may be ahead of the rows that came.
-        # So the shard is opened anew, where a state was last asked for, and rows since are skipped.
+        # So the shard is opened again where a state was last asked for; later rows are skipped.
         self._shard = self._open_shard()
         if self._state is not None:
             self._shard.load_state_dict(self._state)
@@ -92,4 +92,4 @@ class ShardRows:
             remedy = "make it readable"
         else:
             remedy = "replace the damaged file"
-        return f"{what}: {reason}; {remedy}, then resume the run, or start anew without it"
+        return f"{what}: {reason}; {remedy}, then resume the run, or start a new run without it"

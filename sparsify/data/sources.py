@@ -17,7 +17,7 @@ _MAX_SHARDS = 1024
 
 
 def open_documents(config: DataConfig) -> Documents:
-    """The documents of `config`; the first row of a table has been looked at.
+    """Return the documents of `config`; the first row of a table has been looked at.
 
     Raises:
         UserError: There is nothing there, or not what the config says.
@@ -106,7 +106,7 @@ def _open_table(config: DataConfig, path: Path | None) -> TableRows:
 
 
 def _load(config: DataConfig, path: Path | None) -> tuple[IterableDataset, tuple[str, ...]]:
-    """The table, and the local files that are its shards, if they are."""
+    """Return the table, and the local files that are its shards, if they are."""
     if path is None:
         where, data_files = config.dataset_name, None
     elif path.is_dir():

@@ -144,7 +144,7 @@ class Place:
 START = Place()
 
 PlacedChunk = tuple[Place, Sequences]
-"""The sequences of a chunk, and where it begins; its `block` and `n_given` are not set."""
+"""Sequences of a chunk, and where it begins; its `block` and `n_given` are not set."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ class TokenSequences:
         )
 
     def _chunks(self, place: Place) -> Iterator[PlacedChunk]:
-        """The chunks from `place` on, of this epoch and the later ones."""
+        """Iterate over the chunks from `place` on, of this epoch and the later ones."""
         while self.n_epochs is None or place.epoch < self.n_epochs:
             is_empty = place.position is None and place.n_skipped == 0
             for here, sequences in self._chunks_of_epoch(place):

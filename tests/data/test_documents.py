@@ -16,15 +16,15 @@ def read_all(source: Documents, seed: int = 0) -> list[Chunk]:
 def joined(chunks: list[Chunk]) -> list[str]:
     """The whole documents, in the order of the chunks."""
     result: list[str] = []
-    goes_on = False
+    continues = False
     for chunk in chunks:
         for index, text in enumerate(chunk.documents):
             assert isinstance(text, str)
-            if goes_on and index == 0:
+            if continues and index == 0:
                 result[-1] += text
             else:
                 result.append(text)
-        goes_on = chunk.is_cut
+        continues = chunk.is_cut
     return result
 
 
@@ -51,7 +51,7 @@ def test_every_document_comes_once_in_an_order_of_the_seed(source: Documents, te
     assert sorted(other) == sorted(texts)
 
 
-def test_a_stream_goes_on_behind_each_chunk(source: Documents):
+def test_a_stream_is_resumed_behind_each_chunk(source: Documents):
     chunks = read_all(source)
     assert len(chunks) > 5
     for index, chunk in enumerate(chunks):

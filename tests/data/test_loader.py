@@ -69,7 +69,7 @@ def test_the_seed_of_the_config_goes_before_the_one_of_the_run(
     assert batches != as_lists(list(other))
 
 
-def test_an_iteration_starts_anew_each_time(
+def test_each_iteration_starts_from_the_beginning(
     data: dict[str, Any], tokenizer: PreTrainedTokenizerFast
 ):
     loader = build(data, tokenizer)

@@ -54,7 +54,7 @@ def test_no_row_is_lost_or_repeated_after_an_error(n_errors: int):
         assert errors == []
 
 
-def test_rows_in_between_let_the_count_of_tries_begin_anew():
+def test_rows_in_between_reset_the_count_of_tries():
     failures: dict[int, list[Exception]] = {
         row: [TimeoutError(), TimeoutError()] for row in (3, 4, 9)
     }

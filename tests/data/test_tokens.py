@@ -72,7 +72,7 @@ def test_documents_are_joined_by_eos_and_cut(tokenizer: PreTrainedTokenizerFast)
     # XYX 0 Z 0 in sequences of four: "XYX 0", with "Z 0" left over.
     sequences, remainder = pack(Chunk(["XYX", "Z"], [2]), [])
     assert (sequences.tolist(), remainder) == ([[x, y, x, 0]], [z, 0])
-    # Z 0 | Y, and the document goes on: no end-of-text yet.
+    # Z 0 | Y, and the document continues: no end-of-text yet.
     sequences, remainder = pack(Chunk(["Y"], [3], is_cut=True), remainder)
     assert (sequences.tolist(), remainder) == ([], [z, 0, y])
     # Z 0 Y | X 0
