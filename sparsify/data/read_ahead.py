@@ -53,14 +53,16 @@ class _Shelf(Generic[Item]):
         self.change = threading.Condition()
         self._ready: deque[Item] = deque()
         self._n_ready = 0  # their size
-        self._end: Exception | None = None  # what the iterator raised at last
+        self._end: BaseException | None = None  # what the iterator raised at last
 
     def fill(self) -> None:
         """Put item after item there, in the thread."""
         while self._has_room():
             try:
                 item = next(self.items)
-            except Exception as error:  # noqa: BLE001  (raised again where it is seen)
+            # It is raised again where it is seen; also one of native code, which may not be an
+            # `Exception`, as the caller would wait for ever.
+            except BaseException as error:  # noqa: BLE001
                 with self.change:
                     self._end = error
                     self.change.notify()

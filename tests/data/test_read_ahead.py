@@ -30,16 +30,17 @@ def test_items_are_made_in_one_other_thread():
     assert makers != {threading.get_ident()}
 
 
-def test_an_error_comes_as_it_was_after_the_items_before_it():
-    error = KeyError("as it was")
-
+@pytest.mark.parametrize(
+    "error", [KeyError("as it was"), BaseException("of native code")], ids=repr
+)
+def test_an_error_comes_as_it_was_after_the_items_before_it(error: BaseException):
     def items() -> Iterator[int]:
         yield from range(10)
         raise error
 
     found = ahead(items())
     assert list(islice(found, 10)) == list(range(10))
-    with pytest.raises(KeyError) as raised:
+    with pytest.raises(type(error)) as raised:
         next(found)
     assert raised.value is error
     assert list(found) == []
