@@ -5,13 +5,14 @@ else of a run's life is in `lifecycle.py`; what the loop needs of it is a `Sessi
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
 
+from sparsify.data.batches import Loader
 from sparsify.runs.checkpoints import Checkpoint
 from sparsify.training.batch_loss import BatchLoss
 from sparsify.training.config import TrainingConfig
@@ -22,27 +23,6 @@ if TYPE_CHECKING:  # a session holds the run, and the run's loop is handed the s
     from sparsify.runs.session import Session
 
 Batch = TypeVar("Batch")
-BatchOut = TypeVar("BatchOut", covariant=True)
-
-
-class Loader(Protocol[BatchOut]):
-    """Gives batches in an order that its state determines."""
-
-    def __iter__(self) -> Iterator[BatchOut]:
-        """Give batches from the beginning, or once from where `load_state_dict` said."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return where the iteration stands, in plain data."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next iteration continue where `state_dict` was called."""
-        ...
-
-    def close(self) -> None:
-        """Let go of what reads the data. The loader is not used afterwards."""
-        ...
 
 
 @dataclass(frozen=True)
