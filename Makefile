@@ -9,7 +9,7 @@ TLENS4 := 4.3.0
 SAES := sparsify/scripts/train_tlens_saes
 
 help:
-	@echo "make train        train an SAE end to end in the bundled language model, and judge it"
+	@echo "make train        train an SAE end to end in the bundled language model, and evaluate it"
 	@echo "make test         all tests"
 	@echo "make test-faults  those that kill runs, fill disks, damage files and the like"
 	@echo "make bench        time training steps beside a plain reference step"
@@ -67,7 +67,7 @@ PYTHONS = $(if $(PYTHON),'$(PYTHON)',python3 python3.14 python3.13 python3.12 py
 NO_PYTHON = $(if $(PYTHON),PYTHON=$(PYTHON) is not,none is on the PATH)
 
 # Make environment $(1) with the extra $(2), under the constraints that the command $(3) prints.
-# The environment is made anew unless all that changed is what belongs into it.
+# The environment is made from scratch unless all that changed is what belongs into it.
 define make_environment
 @for python in $(PYTHONS); do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; \
@@ -91,6 +91,6 @@ endef
 	$(call make_environment,.venv,dev,cat constraints.txt)
 
 # What TransformerLens 4 needs is a part of what 3.9 needs, in versions that suit both, so the second
-# environment has the same constraints but for one line.
+# environment has the same constraints, except for one line.
 .venv-tlens4/ready: pyproject.toml constraints.txt Makefile $(call stale,.venv-tlens4)
 	$(call make_environment,.venv-tlens4,test,sed 's/^transformer-lens==.*/transformer-lens==$(TLENS4)/' constraints.txt)

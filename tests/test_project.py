@@ -50,12 +50,15 @@ def test_there_are_recipes():
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=in_root)
 def test_recipe_has_a_launch_entry(recipe: Path):
-    assert [in_root(script_of(recipe)), in_root(recipe)] in [launch_paths(e) for e in LAUNCH]
+    paths = [in_root(script_of(recipe)), in_root(recipe)]
+    wanted = f"add an entry with program {paths[0]} and args {paths[1:]} to .vscode/launch.json"
+    assert paths in [launch_paths(entry) for entry in LAUNCH], wanted
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=in_root)
 def test_script_has_a_launch_entry(script: Path):
-    assert in_root(script) in [launch_paths(entry)[0] for entry in LAUNCH]
+    wanted = f"add an entry with program {in_root(script)} to .vscode/launch.json"
+    assert in_root(script) in [launch_paths(entry)[0] for entry in LAUNCH], wanted
 
 
 @pytest.mark.parametrize("entry", LAUNCH, ids=lambda entry: entry["name"])

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar, get_args, get_type_hints
+from typing import Literal, TypeVar, get_args, get_type_hints
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -24,6 +24,9 @@ from torch import Tensor
 from sparsify.evaluation.metrics import squared_distance, unexplained_per_token
 from sparsify.losses.passes import NO_TARGET
 from sparsify.saes.firing import FiringCounter
+
+Pass = Literal["raw", "spliced", "zero_ablated", "mean_ablated"]
+"""Passes of each batch: the model as it was, with SAEs, and with zeros or means in their place."""
 
 LogProbs = Float[Tensor, "token d_vocab"]
 Targets = Int[Tensor, " token"]
@@ -39,8 +42,8 @@ class PredictionMetric:
     calc: Callable[[LogProbs, Targets], Tensor]
     """From log-probabilities and the tokens that did follow to a value for each token."""
 
-    of: str = "spliced"
-    """The pass that is measured: raw, spliced, zero_ablated or mean_ablated."""
+    of: Pass = "spliced"
+    """The pass that is measured."""
 
     def values(self, orig: LogProbs, new: LogProbs, targets: Targets) -> Tensor:
         """Value of each token, 0 where there is no prediction."""
@@ -57,7 +60,7 @@ class TokenMetric:
     calc: Callable[[LogProbs, LogProbs], Tensor]
     """From log-probabilities, the raw model's first, to a value for each token."""
 
-    of: str = "spliced"
+    of: Pass = "spliced"
     """The pass that is compared with the raw one."""
 
     def values(self, orig: LogProbs, new: LogProbs, targets: Targets) -> Tensor:
@@ -146,13 +149,24 @@ Entry = TypeVar("Entry", PredictionMetric, TokenMetric, SAEMetric)
 
 
 def entries(result: type, level: type[Entry]) -> dict[str, Entry]:
-    """Entries of one level in the annotations of a class, by field and in their order."""
-    return {
+    """Return the entries of one level in a class's annotations, by field and in their order.
+
+    Raises:
+        ValueError: Two have the same name, or one measures a pass that is not made.
+    """
+    found = {
         field: part
         for field, hint in get_type_hints(result, include_extras=True).items()
         for part in get_args(hint)
         if isinstance(part, level)
     }
+    names = [entry.name for entry in found.values()]
+    for field, entry in found.items():
+        if names.count(entry.name) > 1:
+            raise ValueError(f"{field}: the name {entry.name} is that of another metric too")
+        if not isinstance(entry, SAEMetric) and entry.of not in get_args(Pass):
+            raise ValueError(f"{field}: no pass is called {entry.of}, only {get_args(Pass)}")
+    return found
 
 
 def logged(result: object, level: type[Entry]) -> dict[str, float]:

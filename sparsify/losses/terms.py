@@ -1,10 +1,8 @@
 """The terms that a loss is made of.
 
-Each is a config that says what it needs of the forward passes and can compute itself from them. To
-add one, write its class here, or in `code_terms.py` if it is about the code, give it a field on
-`sparsify.losses.loss.LossConfig` and a test with a value worked out by hand. Nothing else needs to
-change. The math is in `functions.py` and `dead.py`, which are imported when a loss is computed, so
-that a config can be read without loading torch.
+Each is a config that says what it needs of the forward passes. Its value is computed in
+`values.py`, so that a config can be read without loading torch. `CONTRIBUTING.md` says how to add
+one.
 """
 
 from abc import ABC, abstractmethod

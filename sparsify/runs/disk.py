@@ -15,7 +15,7 @@ from sparsify.runs.resume import folder_to_write_to
 from sparsify.runs.run_folder import existing_parent
 from sparsify.settings.base_config import UserError
 from sparsify.training.config import TrainingConfig
-from sparsify.training.memory import n_bytes
+from sparsify.training.memory import in_mb, n_bytes
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def check_disk(
     if config.save_every_minutes is not None:
         clock = f", not counting those of every {config.save_every_minutes:g} minutes"
     return (
-        f"{use.n_checkpoints} checkpoint{'s' * (use.n_checkpoints > 1)} of {_mb(use.whole)} in "
-        f"all{clock}; {_mb(free)} free"
+        f"{use.n_checkpoints} checkpoint{'s' * (use.n_checkpoints > 1)} of {in_mb(use.whole)} in "
+        f"all{clock}; {in_mb(free)} free"
     )
 
 
@@ -105,11 +105,7 @@ def _free_disk(save_dir: Path) -> int:
 
 def _disk_is_short(save_dir: Path, what: str, size: int, free: int) -> str:
     return (
-        f"save_dir: {what} of the run would take about {_mb(size)}, but the disk of "
-        f"'{save_dir}' has {_mb(free)} free; make room, choose another save_dir, or raise "
+        f"save_dir: {what} of the run would take about {in_mb(size)}, but the disk of "
+        f"'{save_dir}' has {in_mb(free)} free; make room, choose another save_dir, or raise "
         "save_every_n_samples"
     )
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:,.0f} MB"

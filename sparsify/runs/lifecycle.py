@@ -5,6 +5,7 @@ It is the same for all kinds of run; what differs is behind `TrainingRun`.
 
 import shutil
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from sparsify.runs.bad_batch import BAD_BATCHES
@@ -16,6 +17,7 @@ from sparsify.runs.resume import (
     checkpoint_to_resume,
     clear_what_came_after,
     explained_misfit,
+    find_run,
     folder_to_write_to,
     resume_line,
 )
@@ -46,39 +48,48 @@ def run_training(run: AnyRun) -> None:
             in which nothing is worth keeping is gone then.
         KeyboardInterrupt: It was interrupted, after it has been saved.
     """
-    is_new = run.config.resume is None
+    assert run.run_dir is None, "each run is done once; make another for the next"
+    assert run.n_samples == 0, "each run is done once; make another for the next"
+    new_folders: list[Path] = []
     try:
         with ExitStack() as held:
-            if is_new:
-                _start(run, held)
+            if run.config.resume is None:
+                new_folders += _start(run, held)
             else:
                 _resume(run, held)
             held.callback(run.loader.close)
             _train_and_finish(run)
     except UserError:
-        if is_new:
-            _remove_if_worthless(run)
+        # No step was taken, and no batch kept for somebody to look at.
+        for folder in new_folders:
+            if run.n_samples == 0 and not any(folder.glob(BAD_BATCHES)):
+                shutil.rmtree(folder)
         raise
 
 
-def _start(run: AnyRun, held: ExitStack) -> None:
-    """Open a new run, then make its folder."""
+def _start(run: AnyRun, held: ExitStack) -> list[Path]:
+    """Open a new run, then make its folder, which is returned if there is one."""
     config = run.config
     if config.save_dir is not None:
         check_save_dir(config.save_dir)
     _open(run)
     check_disk_at_start(config, run.trained, run.stepper.parameters)
-    if config.save_dir is not None:
-        run.run_dir = create_run_folder(config.save_dir, config.run_name)
-        held.enter_context(held_run_folder(run.run_dir))
-        write_config(run.run_dir, config)
-        run.on_folder(run.run_dir)
-        say(f"run folder: {run.run_dir}")
+    if config.save_dir is None:
+        return []
+    run.run_dir = folder = create_run_folder(config.save_dir, config.run_name)
+    held.enter_context(held_run_folder(folder))
+    write_config(folder, config)
+    run.on_folder(folder)
+    say(f"run folder: {folder}")
+    return [folder]
 
 
 def _resume(run: AnyRun, held: ExitStack) -> None:
     """Open a run again at the checkpoint that its config means."""
-    config = run.config
+    # "newest" means one run from here on, whatever else is written meanwhile.
+    assert run.config.resume is not None
+    path = find_run(run.config.resume, run.config.save_dir, type(run.config))
+    run.config = config = run.config.model_copy(update={"resume": path})
     held.enter_context(held_run_folder(folder_to_write_to(config)))
     checkpoint = find_checkpoint(run)
     # The config that is kept is one from which the whole run can be repeated.
@@ -117,6 +128,7 @@ def _train_and_finish(run: AnyRun) -> None:
             run_name=config.run_name,
             run_dir=run_dir,
             items_per_sample=run.items_per_sample,
+            item=run.item,
             start=run.n_samples,
         ) as sink,
         CheckpointSaver(run_dir, config.keep_last, sink, run.identity(), run.n_samples) as saver,
@@ -126,14 +138,7 @@ def _train_and_finish(run: AnyRun) -> None:
             run.train(session)
             saver.finish(session.save)
         with interrupt_says(line), explained_out_of_memory(run.memory_remedies):
-            report_early_end(sink, run.n_samples, config.n_batches * config.batch_size, run.result)
+            report_early_end(sink, run.n_samples, config.n_batches * config.batch_size, run.subject)
             report = run.finish(session)
     # Below the progress bar, which is closed by now.
     print(report)
-
-
-def _remove_if_worthless(run: AnyRun) -> None:
-    # No step was taken, and no batch put there for somebody to look at.
-    run_dir = run.run_dir
-    if run_dir is not None and run.n_samples == 0 and not any(run_dir.glob(BAD_BATCHES)):
-        shutil.rmtree(run_dir)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from sparsify.runs.bad_batch import check_loss
 from sparsify.runs.checkpoints import Checkpoint
@@ -26,6 +26,7 @@ from sparsify.training.config import TrainingConfig
 from sparsify.training.memory import (
     explained_out_of_memory,
     free_memory,
+    in_mb,
     n_bytes,
     out_of_memory_message,
     peak_bytes,
@@ -49,8 +50,8 @@ def preflight(run: TrainingRun[Any]) -> bool:  # whatever its batches are
             OpeningStep("save_dir", lambda: check_folder(config)),
             OpeningStep("wandb", lambda: check_wandb(config)),
             *opening,
+            OpeningStep("disk", trial.check_disk, needs=("save_dir", run.weights_step)),
             OpeningStep("memory", trial.check_memory, needs=opened),
-            OpeningStep("disk", trial.check_disk, needs=("save_dir", *opened)),
             OpeningStep("step", trial.check_step, needs=("memory",)),
         ]
     )
@@ -108,31 +109,38 @@ class _Trial:
 
     def check_memory(self) -> str:
         run = self.run
+        # Before the state of a resumed run is loaded: at the end of the data none is left.
+        self.batch = next(iter(run.loader))
         run.build()
+        device = run.stepper.parameters[0].device
+        free = free_memory(device)
+        learning = 3 * n_bytes(run.stepper.parameters)
+        if learning > free:
+            self._refuse(f"gradients and the optimizer's state take {in_mb(learning)}", free)
         if self.checkpoint is not None:
             with explained_misfit(self.checkpoint):
                 run.resume(self.checkpoint)
         # Each batch is a whole optimizer step here.
         run.stepper.n_accumulation_steps = 1
-        device = run.stepper.parameters[0].device
-        free = free_memory(device)
-        learning = 3 * n_bytes(run.stepper.parameters)
-        if learning > free:
-            raise UserError(
-                f"device: gradients and the optimizer's state take {_mb(learning)}, but {device} "
-                f"has {_mb(free)} free; lower {run.memory_remedies}"
-            )
-        self.batch = next(iter(run.loader))
         with explained_out_of_memory(run.memory_remedies):
             peak = peak_bytes(self.take_step, device)
+        if peak > free:  # which a system that swaps lets pass
+            self._refuse(f"a step takes {in_mb(peak)}", free)
         return (
-            f"{_mb(peak)} at the peak of a step, with {_mb(learning)} of gradients and the "
-            f"optimizer's state; {_mb(free)} free before it"
+            f"{in_mb(peak)} at the peak of a step, with {in_mb(learning)} of gradients and the "
+            f"optimizer's state; {in_mb(free)} free before it"
+        )
+
+    def _refuse(self, what: str, free: int) -> NoReturn:
+        raise UserError(
+            f"device: {what}, but {in_mb(free)} are free; lower {self.run.memory_remedies}"
         )
 
     def check_disk(self) -> str:
         run = self.run
-        return check_disk(run.config, run.trained, run.stepper.parameters, run.n_samples)
+        trained = [p for p in run.trained.parameters() if p.requires_grad]
+        n_done = self.checkpoint.n_samples if self.checkpoint else 0
+        return check_disk(run.config, run.trained, trained, n_done)
 
     def check_step(self) -> str:
         with explained_out_of_memory(self.run.memory_remedies):
@@ -221,7 +229,3 @@ def _duration(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.0f} s"
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:,.0f} MB"

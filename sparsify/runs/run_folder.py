@@ -1,11 +1,13 @@
 """The folder of one run, and files that are there completely or not at all."""
 
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from sparsify.settings.base_config import BaseConfig, UserError, dump_yaml
 from sparsify.training.config import check_run_name
@@ -127,6 +129,18 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with replace_atomically(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_result(run_dir: Path, result: Mapping[str, Any]) -> Path:
+    """Write `eval.json`, by which a run is known to be finished.
+
+    Args:
+        run_dir: Folder of the run.
+        result: Numbers and texts in dictionaries and lists; `metrics` by their names in the log.
+    """
+    path = run_dir / RESULT_FILE
+    write_text(path, json.dumps(result, indent=1) + "\n")
+    return path
 
 
 def write_config(run_dir: Path, config: BaseConfig) -> Path:

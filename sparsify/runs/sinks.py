@@ -124,6 +124,7 @@ def open_sinks(
     run_name: str,
     run_dir: Path | None,
     items_per_sample: int,
+    item: str = "tokens",
     start: int = 0,
 ) -> Iterator[Sink]:
     """The sinks that a config asks for, as one, closed when the block ends.
@@ -132,7 +133,8 @@ def open_sinks(
         config: Whether there is a wandb project, and how long the run is.
         run_name: Name of the run, without a time.
         run_dir: Folder of the run, with its config written. None: no files.
-        items_per_sample: Tokens in a sample, for the speed that is shown.
+        items_per_sample: Items in a sample, for the speed that is shown.
+        item: Name of the items.
         start: Samples trained on before, in a resumed run.
     """
     sinks: list[Sink] = []
@@ -142,7 +144,9 @@ def open_sinks(
             sinks.append(RunFolderSink(run_dir))
         if config.wandb_project is not None:
             sinks.append(WandbSink(config, run_name, run_dir))
-        sinks.append(TerminalSink(config.n_batches * config.batch_size, items_per_sample, start))
+        sinks.append(
+            TerminalSink(config.n_batches * config.batch_size, items_per_sample, start, item)
+        )
         yield CompositeSink(*sinks)
         has_failed = False
     finally:

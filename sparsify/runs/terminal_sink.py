@@ -34,13 +34,17 @@ class TerminalSink(Sink):
 
     Args:
         n_samples: Samples of the whole run.
-        n_ctx: Tokens in a sample.
+        items_per_sample: Items, such as tokens, in a sample.
         start: Samples trained on before.
+        item: Name of the items.
     """
 
-    def __init__(self, n_samples: int, n_ctx: int, start: int = 0) -> None:
+    def __init__(
+        self, n_samples: int, items_per_sample: int, start: int = 0, item: str = "tokens"
+    ) -> None:
         self.n_samples = n_samples
-        self.n_ctx = n_ctx
+        self.items_per_sample = items_per_sample
+        self.item = item
         self._bar = ProgressBar(
             total=n_samples,
             initial=min(start, n_samples),
@@ -64,15 +68,15 @@ class TerminalSink(Sink):
             self._restart_clock(n_samples)
             return
         seconds = time.monotonic() - self._clock_start
-        rate = (n_samples - self._clock_samples) * self.n_ctx / max(seconds, 1e-9)
+        rate = (n_samples - self._clock_samples) * self.items_per_sample / max(seconds, 1e-9)
         self._restart_clock(n_samples)
         numbers = [f"{label} {_short(value)}" for label, value in shown.items()]
-        self._bar.numbers = [*numbers, f"{_short(rate)} tokens/s"]
+        self._bar.numbers = [*numbers, f"{_short(rate)} {self.item}/s"]
         self.step(n_samples)
         is_due = time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES
         if self._bar.disable and (is_due or n_samples >= self.n_samples):
             self._last_line = time.monotonic()
-            text = f"{_join(shown)}, {rate:,.0f} tokens/s"
+            text = f"{_join(shown)}, {rate:,.0f} {self.item}/s"
             self.console(f"{n_samples:,}/{self.n_samples:,} samples: {text}")
 
     def console(self, text: str) -> None:

@@ -55,8 +55,14 @@ class TrainingRun(ABC, Generic[Batch]):
     memory_remedies: ClassVar[str] = "batch_size (keep effective_batch_size)"
     """Settings to lower when memory runs out."""
 
-    result: ClassVar[str] = "the model was"
-    """Subject of "... trained on so many samples"."""
+    subject: ClassVar[str] = "the model was"
+    """Subject of "... trained on so many samples", with its verb."""
+
+    item: ClassVar[str] = "tokens"
+    """Name of the items that a sample consists of."""
+
+    weights_step: ClassVar[str]
+    """Name of the opening step that makes `trained`."""
 
     stepper: GradientStepper
     loader: Loader[Batch]
@@ -92,7 +98,7 @@ class TrainingRun(ABC, Generic[Batch]):
 
     @property
     def is_watched(self) -> bool:
-        """Return whether every loss is checked, for which a GPU would have to be waited for."""
+        """Return whether every loss is checked. Training would wait for a GPU at each."""
         return True
 
     def identity(self) -> dict[str, str]:
@@ -110,9 +116,9 @@ class TrainingRun(ABC, Generic[Batch]):
     def batch_loss(self, batch: Batch) -> BatchLoss:
         """Return the loss of a batch."""
 
-    @abstractmethod
     def learn_from(self, loss: Any, batch: Batch) -> None:  # what `batch_loss` returned
         """Take the gradient of a batch's loss, and an optimizer step if one is due."""
+        self.stepper.backward(loss.total)
 
     @abstractmethod
     def train(self, session: "Session[Batch]") -> None:
@@ -132,10 +138,10 @@ class TrainingRun(ABC, Generic[Batch]):
     def checkpoint_state(self) -> dict[str, Any]:  # of several types
         """Return everything that the rest of the run depends on, except the weights."""
         return {
+            **self.state_dict(),
             "stepper": self.stepper.state_dict(),
             "loader": self.loader.state_dict(),
             "random": get_random_state(),
-            **self.state_dict(),
         }
 
     def resume(self, checkpoint: Checkpoint) -> None:

@@ -92,6 +92,10 @@ class LinearSAE(SAE):
     is_held: ClassVar[bool] = True
     """Elements are held at unit norm. If not, they have any norm and are scaled when used."""
 
+    code_is_pre_acts: ClassVar[bool] = True
+    """Each active entry of the code is its pre-activation, so that active elements alone are
+    decoded and differentiated where it pays. A kind that changes it, as by a square, says False."""
+
     keeps_pre_acts: bool = False
     """Pre-activations are kept for a loss that reads them."""
 
@@ -151,7 +155,7 @@ class LinearSAE(SAE):
         pre_acts = self.affine(centred)
         c = self.activate(pre_acts)
         kept = pre_acts if self.keeps_pre_acts else None
-        entries = find_active(c, self.d_act)
+        entries = find_active(c, self.d_act) if self.code_is_pre_acts else None
         if entries is None:
             return SAEActs(input=input, c=c, output=self.decode(c), pre_acts=kept)
         c, output = decode_active(

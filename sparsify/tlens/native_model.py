@@ -1,7 +1,7 @@
 """A small language model to train: TransformerLens's own architecture, without hooks.
 
 Training needs speed and two-dimensional weights, looking inside needs hooks. So a model is trained
-as TransformerLens's `NativeModel`, with fused attention, and `model_loading.py` makes a hooked
+as TransformerLens's `NativeModel`, with fused attention, and `loading.py` makes a hooked
 model of its weights, in whichever form the installed TransformerLens has.
 """
 

@@ -20,7 +20,8 @@ from sparsify.settings.base_config import UserError
 def peak_bytes(work: Callable[[], object], device: torch.device | str) -> int:
     """Return the most memory that `work` holds at a time beyond what was there before it.
 
-    On a CPU that is the memory of tensors, without what the allocator keeps in reserve.
+    That is the memory of tensors. On other devices than a CUDA GPU it is that of tensors in the
+    memory of the CPU, without what the allocator keeps in reserve.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -93,6 +94,11 @@ def out_of_memory_message(
     else:
         return None
     return f"device: out of memory ({reason}); lower {remedies}"
+
+
+def in_mb(size: int) -> str:
+    """Write a number of bytes in megabytes."""
+    return f"{size / 1e6:,.0f} MB"
 
 
 def n_bytes(tensors: Iterable[Tensor]) -> int:

@@ -4,14 +4,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-import torch
 from torch import Tensor
 
 from sparsify.losses.loss import LossConfig
 from sparsify.losses.passes import Passes
 from sparsify.losses.total import total_loss
 from sparsify.saes.base import SAE
-from sparsify.settings.base_config import UserError
 from sparsify.training.batch_loss import BatchLoss
 from sparsify.training.cadence import Every
 from sparsify.training.coefficients import Coefficients
@@ -19,8 +17,7 @@ from sparsify.training.config import DeadElementsConfig, ResamplingConfig, Train
 from sparsify.training.dead_elements import DeadElements, resample
 from sparsify.training.finite import check_gradient
 from sparsify.training.optimizers import build_adam
-from sparsify.training.schedules import build_lr_schedulers
-from sparsify.training.steps import GradientStepper
+from sparsify.training.steps import build_stepper
 
 Batch = TypeVar("Batch")
 
@@ -44,7 +41,7 @@ class SAETrainer(Generic[Batch]):
         resampling: When dead elements are made again. None: never.
 
     Raises:
-        UserError: All SAEs are frozen.
+        ValueError: All SAEs are frozen.
     """
 
     def __init__(
@@ -66,31 +63,23 @@ class SAETrainer(Generic[Batch]):
         parameters = [p for sae in self.trained.values() for p in sae.parameters()]
         parameters = [p for p in parameters if p.requires_grad]
         if not parameters:
-            raise UserError(
-                "saes.retrain_saes: false leaves nothing to train, since all SAEs come from "
-                "pretrained_sae_paths; set it to true"
-            )
+            raise ValueError("saes: all are frozen, so there is nothing to train")
         for sae in saes.values():
             sae.row_sparse_grads = True  # which this optimizer takes
         device = parameters[0].device
         self.is_watched = device.type == "cpu"
-        """Whether numbers are looked at in every step, for which a GPU would have to be waited."""
+        """Whether every number is checked. Training would wait for a GPU at each."""
         self.coefficients = Coefficients(losses, self.trained, config.n_samples, device)
         self.dead = dead_elements and DeadElements(dead_elements, saes)
         self.resampling = resampling
         self.resampling_due = Every(resampling and resampling.every_n_samples)
-        optimizers = [build_adam(parameters, config.lr)]
-        self.stepper = GradientStepper(
+        self.stepper = build_stepper(
             parameters,
-            optimizers,
-            build_lr_schedulers(optimizers, config),
-            n_accumulation_steps=config.n_accumulation_steps,
-            max_grad_norm=config.max_grad_norm,
+            [build_adam(parameters, config.lr)],
+            config,
             constrained=list(self.trained.values()),
             before_step=self._check_gradient if self.is_watched else None,
         )
-        self.grad_norm = torch.zeros(())
-        """Norm of the last optimizer step's gradient, before clipping."""
 
     def batch_loss(self, batch: Batch) -> SAEBatchLoss:
         """Return the loss of a batch, with the coefficients of this moment."""
@@ -117,7 +106,6 @@ class SAETrainer(Generic[Batch]):
             self.dead.update(loss.passes)
         if grad_norm is None:
             return
-        self.grad_norm = grad_norm
         self.coefficients.update(loss.passes, self.n_samples)
         if self.resampling is not None and self.resampling_due.due(self.n_samples):
             self._resample(self.resampling, loss.passes)
@@ -129,7 +117,7 @@ class SAETrainer(Generic[Batch]):
         for position, acts in loss.passes.sae_acts.items():
             l0 = (acts.c != 0).sum(dim=-1).float().mean()
             metrics[f"sparsity/train/L_0/{position}"] = l0.item()
-        metrics |= {"grad_norm": self.grad_norm.item(), "lr": self.stepper.lr}
+        metrics |= {"grad_norm": self.stepper.grad_norm.item(), "lr": self.stepper.lr}
         metrics |= self.coefficients.metrics()
         return metrics if self.dead is None else metrics | self.dead.metrics()
 

@@ -10,6 +10,9 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from sparsify.training.config import TrainingConfig
+from sparsify.training.schedules import build_lr_schedulers
+
 
 class Constrained(Protocol):
     """Has parameters that are held to constraints."""
@@ -19,6 +22,34 @@ class Constrained(Protocol):
 
     def restore_constraints(self) -> None:
         """Have the parameters satisfy them."""
+
+
+def build_stepper(
+    parameters: Iterable[nn.Parameter],
+    optimizers: Sequence[Optimizer],
+    config: TrainingConfig,
+    *,
+    constrained: Sequence[Constrained] = (),
+    before_step: Callable[[Tensor], None] | None = None,
+) -> "GradientStepper":
+    """Return a stepper that keeps all settings of a run that it can: schedule, batches, clipping.
+
+    Args:
+        parameters: Parameters that the optimizers move.
+        optimizers: Optimizers at the learning rate that the schedule starts from.
+        config: Settings of the run.
+        constrained: See `GradientStepper`.
+        before_step: See `GradientStepper`.
+    """
+    return GradientStepper(
+        parameters,
+        optimizers,
+        build_lr_schedulers(optimizers, config),
+        n_accumulation_steps=config.n_accumulation_steps,
+        max_grad_norm=config.max_grad_norm,
+        constrained=constrained,
+        before_step=before_step,
+    )
 
 
 class GradientStepper:
@@ -58,6 +89,8 @@ class GradientStepper:
         self.constrained = constrained
         self.before_step = before_step
         self.n_steps = 0
+        self.grad_norm = torch.zeros(())
+        """Norm of the last step's gradient, before clipping."""
         self._n_batches_in_step = 0
 
     @property
@@ -99,6 +132,7 @@ class GradientStepper:
             module.restore_constraints()
         for optimizer in self.optimizers:
             optimizer.zero_grad()
+        self.grad_norm = grad_norm
         return grad_norm
 
     def gradients(self) -> list[Tensor]:

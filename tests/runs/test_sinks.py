@@ -95,7 +95,7 @@ def test_terminal_shows_speed_and_watched_numbers(
 ):
     now = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    sink = TerminalSink(n_samples=100, n_ctx=8)
+    sink = TerminalSink(n_samples=100, items_per_sample=8)
     now = 2.0
     sink.log({"loss": 0.5}, 10)  # 10 samples of 8 tokens in 2 seconds
     now = 4.0
@@ -170,7 +170,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
         terminal = _Terminal(monkeypatch, n_columns)
         for clock in ("tqdm.std.time", "time.monotonic"):  # each look at it takes a second
             monkeypatch.setattr(clock, lambda: now.append(now[-1] + 1) or now[-1])
-        sink = TerminalSink(**{"n_samples": 240, "n_ctx": 4096, **of_sink})
+        options: dict[str, Any] = {"n_samples": 240, "items_per_sample": 4096, **of_sink}
+        sink = TerminalSink(**options)
         act(sink)
         return terminal.lines()
 
@@ -237,7 +238,7 @@ def test_closed_bar_shows_how_far_the_run_came(n_samples: int, seen: Callable[..
 
 def test_step_costs_microseconds(monkeypatch: pytest.MonkeyPatch):
     terminal = _Terminal(monkeypatch, 80)
-    sink = TerminalSink(n_samples=20_000, n_ctx=8)
+    sink = TerminalSink(n_samples=20_000, items_per_sample=8)
     start = time.perf_counter()
     for n_samples in range(20_000):
         sink.step(n_samples)

@@ -5,12 +5,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from example_saes import KINDS
 from torch import Tensor
 from torch.nn import functional as F
 
 from sparsify.kernels import sparse
 from sparsify.saes.base import NewElements
 from sparsify.saes.batch_topk import BatchTopKSAE
+from sparsify.saes.build import build_sae
+from sparsify.saes.config import KINDS as KIND_CONFIGS
 from sparsify.saes.gated import GatedSAE
 from sparsify.saes.jumprelu import JumpReLUSAE
 from sparsify.saes.linear import Decoder, LinearSAE
@@ -154,6 +157,26 @@ def test_active_entries_give_what_the_dense_formula_gives(
     assert [grad.is_sparse for grad in grads].count(True) == 2 * row_sparse_grads
     dense_grads = tuple(grad.to_dense() for grad in grads)
     torch.testing.assert_close(dense_grads, expected_grads, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_has_the_same_gradients_from_active_entries_alone(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+):
+    config = {"dict_size_to_input_ratio": 2.0, **KINDS[kind]}
+    sae = build_sae(KIND_CONFIGS[kind].model_validate(config), 16)
+    x = torch.randn(3, 5, 16, requires_grad=True)
+
+    def gradients() -> list[Tensor]:
+        acts = sae(x)
+        loss = sum_of_squares(acts.c + 1) + sum_of_squares(acts.output - 1)
+        wanted = [x, *sae.parameters()]
+        return [grad.to_dense() for grad in torch.autograd.grad(loss, wanted)]
+
+    dense = gradients()
+    monkeypatch.setattr(sparse, "MIN_DENSE_SIZE", 0)
+    monkeypatch.setattr(sparse, "MAX_ACTIVE_SHARE", 1.0)
+    torch.testing.assert_close(gradients(), dense, atol=1e-5, rtol=1e-5)
 
 
 def sum_of_squares(rows: Tensor) -> Tensor:

@@ -251,8 +251,7 @@ def test_all_that_helps_goes_on_after_a_stop_as_if_there_had_been_none(
     config = write_yaml(tmp_path / "config.yaml", content)
     # After a step and a half: dead elements, coefficients and gradients are all under way, and
     # elements are made anew at the end of the next step.
-    # The first batch is asked for twice, for the decoder's bias too.
-    run_dir = stop_in_batch(3, config)
+    run_dir = stop_in_batch(2, config)
     assert (run_dir / "checkpoint_8.json").exists()
     assert (run_dir / "checkpoint_12.json").exists()
     assert main([str(config), "--resume", str(run_dir)]) == 0

@@ -38,7 +38,7 @@ def test_all_is_well_and_nothing_is_left(
     found = lines_by_name(printed)
     assert list(found) == [
         *("config", "save_dir", "wandb", "model", "SAEs", "loss", "tokenizer", "train_data"),
-        *("eval_data", "memory", "disk", "step"),
+        *("eval_data", "disk", "memory", "step"),
     ]
     assert all(line.startswith("✓") for line in found.values())
     assert "24 samples in 3 optimizer steps of 8" in found["config"]
@@ -73,7 +73,7 @@ def test_all_that_is_to_be_changed_is_said_at_once(
     assert "there is no file or folder './nothing.parquet'" in found["eval_data"]
     assert found["model"].startswith("✓")
     assert found["loss"] == "– needs SAEs"
-    assert found["disk"] == "– needs save_dir, SAEs, loss, train_data, eval_data"
+    assert found["disk"] == "– needs save_dir, SAEs"
     assert found["memory"] == "– needs SAEs, loss, train_data, eval_data"
     assert found["step"] == "– needs memory"
     assert printed.out.endswith("4 to change, 4 could not be checked\n")
@@ -91,7 +91,7 @@ def test_all_that_is_to_be_changed_is_said_at_once(
             "loss",
             "does not lie behind the first SAE",
         ),
-        ({}, "memory", "but cpu has 0 MB free; lower batch_size (keep effective_batch_size), "),
+        ({}, "memory", "but 0 MB are free; lower batch_size (keep effective_batch_size), "),
     ],
     ids=["model", "tokenizer", "train_data", "loss", "memory"],
 )

@@ -15,6 +15,7 @@ from sparsify.data.loader import TokenLoader, build_loader, check_tokenizer
 from sparsify.data.sources import open_documents
 from sparsify.kernels.chunked import chunked_cross_entropy
 from sparsify.runs.plots import plot_training
+from sparsify.runs.run_folder import write_result
 from sparsify.runs.session import Session
 from sparsify.runs.text import describe_text
 from sparsify.runs.training_run import OpeningStep, TrainingRun
@@ -28,8 +29,7 @@ from sparsify.tlens.tokenizers import load_tokenizer, train_tokenizer
 from sparsify.training.batch_loss import BatchLoss
 from sparsify.training.finite import check_gradient
 from sparsify.training.optimizers import build_muon
-from sparsify.training.schedules import build_lr_schedulers
-from sparsify.training.steps import GradientStepper
+from sparsify.training.steps import build_stepper
 
 MODEL_FOLDER = "model"
 MAX_TRIAL_CHUNKS = 20
@@ -52,6 +52,7 @@ class LanguageModelRun(TrainingRun[Tensor]):
     memory_remedies: ClassVar[str] = (
         "batch_size (keep effective_batch_size), train_data.n_ctx, or the model's sizes"
     )
+    weights_step: ClassVar[str] = "model"
     config: Config
 
     def train(self, session: Session[Tensor]) -> None:
@@ -64,7 +65,7 @@ class LanguageModelRun(TrainingRun[Tensor]):
             session.count(tokens)
 
             if due.log:
-                learning = {"grad_norm": self.grad_norm.item(), "lr": self.stepper.lr}
+                learning = {"grad_norm": self.stepper.grad_norm.item(), "lr": self.stepper.lr}
                 session.log({"loss": loss.total.item(), **learning})
             if due.evaluate:
                 session.log(loss_metrics(self.evaluate(self.config.eval_n_samples)))
@@ -76,11 +77,6 @@ class LanguageModelRun(TrainingRun[Tensor]):
         tokens = batch.to(self.device)
         resid = self.model.final_residual(tokens[:, :-1])
         return BatchLoss(chunked_cross_entropy(resid, tokens[:, 1:], self.model.unembed), {})
-
-    def learn_from(self, loss: BatchLoss, batch: Tensor) -> None:
-        """Take a batch's gradient, and an optimizer step if one is due."""
-        if (grad_norm := self.stepper.backward(loss.total)) is not None:
-            self.grad_norm = grad_norm
 
     def evaluate(self, n_samples: int | None) -> TextLoss:
         """Return the loss on the first `n_samples` held-out sequences. None: on all."""
@@ -98,6 +94,7 @@ class LanguageModelRun(TrainingRun[Tensor]):
         session.log(loss_metrics(loss))
         baseline = self.trigram_loss()
         write_card(folder, config, self.model, self.tokenizer, loss, baseline, self.n_samples)
+        write_result(self.run_dir, {"metrics": loss_metrics(loss)})
         plot_training(self.run_dir)
         return (
             f"bits per byte: {loss.bits_per_byte:.3f}, trigram model {baseline.bits_per_byte:.3f}\n"
@@ -144,7 +141,8 @@ class LanguageModelRun(TrainingRun[Tensor]):
             self.tokenizer = load_tokenizer(str(self.run_dir / MODEL_FOLDER))
         else:
             is_new = config.tokenizer is not None
-            origin = "trained on train_data" if is_new else config.train_data.tokenizer_name
+            text = "up to 5 MB of train_data, to try it" if self.is_trial else "train_data"
+            origin = f"trained on {text}" if is_new else config.train_data.tokenizer_name
             self.tokenizer = make_tokenizer(config, MAX_TRIAL_CHUNKS if self.is_trial else None)
         d_vocab = config.model.d_vocab
         for data in (config.train_data, config.eval_data):
@@ -163,6 +161,8 @@ class LanguageModelRun(TrainingRun[Tensor]):
         """Open the held-out text."""
         data = self.config.eval_data
         self.eval_loader = self.open_text(data)
+        if self.is_trial:
+            next(iter(self.eval_loader))  # raises if there is not a batch
         return f"{data.dataset_name} {data.split}, sequences of {data.n_ctx} tokens"
 
     def open_text(self, data: DataConfig) -> TokenLoader:
@@ -179,14 +179,11 @@ class LanguageModelRun(TrainingRun[Tensor]):
     def build(self) -> None:
         """Make the optimizers."""
         config = self.config
-        self.grad_norm = torch.zeros(())
         optimizers = build_muon(self.model.named_parameters(), config.lr, config.adam_lr)
-        self.stepper = GradientStepper(
+        self.stepper = build_stepper(
             self.model.parameters(),
             optimizers,
-            build_lr_schedulers(optimizers, config),
-            n_accumulation_steps=config.n_accumulation_steps,
-            max_grad_norm=config.max_grad_norm,
+            config,
             before_step=lambda grad_norm: check_gradient(grad_norm, self.n_samples),
         )
 

@@ -1,6 +1,5 @@
 """A run that trains SAEs inside a language model: its parts, its loop, its result."""
 
-import json
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -11,8 +10,9 @@ from sparsify.evaluation.evaluate import evaluate
 from sparsify.evaluation.results import Evaluation
 from sparsify.evaluation.table import format_table
 from sparsify.losses.passes import Passes
+from sparsify.runs.console import say
 from sparsify.runs.plots import plot_training
-from sparsify.runs.run_folder import RESULT_FILE, write_text
+from sparsify.runs.run_folder import write_result
 from sparsify.runs.saved import add_saes, load_model, model_identity
 from sparsify.runs.session import Session
 from sparsify.runs.text import (
@@ -59,7 +59,8 @@ class SAERun(TrainingRun[Tensor]):
         "batch_size (keep effective_batch_size), train_data.n_ctx, saes.dict_size_to_input_ratio, "
         "or the number of saes.sae_positions"
     )
-    result: ClassVar[str] = "the SAEs were"
+    subject: ClassVar[str] = "the SAEs were"
+    weights_step: ClassVar[str] = "SAEs"
     config: Config
 
     def train(self, session: Session[Tensor]) -> None:
@@ -110,8 +111,7 @@ class SAERun(TrainingRun[Tensor]):
             report.append(format_table(self.evaluation))
         if self.run_dir is not None:
             if self.evaluation is not None:
-                result = json.dumps(self.evaluation.to_json(), indent=1) + "\n"
-                write_text(self.run_dir / RESULT_FILE, result)
+                write_result(self.run_dir, self.evaluation.to_json())
             plot_training(self.run_dir)
             report.append(
                 "\nLoad the result:\n\n"
@@ -163,6 +163,11 @@ class SAERun(TrainingRun[Tensor]):
         shown = [f"{name} ({s.n_dict:,} elements of {s.d_act:,})" for name, s in self.saes.items()]
         more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
         n_trained = sum(p.numel() for p in model.saes.parameters() if p.requires_grad)
+        if n_trained == 0:
+            raise UserError(
+                "saes.retrain_saes: false leaves nothing to train, since all SAEs come from "
+                "pretrained_sae_paths; set it to true"
+            )
         return f"{', '.join(shown[:3])}{more}: {n_trained:,} parameters to train"
 
     def open_loss(self) -> str:
@@ -171,6 +176,12 @@ class SAERun(TrainingRun[Tensor]):
         if self.config.eval_data is not None:
             hooked.check_unembedding()
         self.plan = plan = derive_plan(self.model, self.config.loss)
+        saes = self.config.saes
+        if self.config.loss.sparsity is None and saes.code_has_gradient and saes.n_active is None:
+            say(
+                f"warning: loss.sparsity is null, so nothing makes SAEs of kind '{saes.kind}' "
+                "sparse; set loss.sparsity.coeff, or take a kind with saes.k"
+            )
         terms = " + ".join(self.config.loss.terms())
         last = max(plan.raw_stop, plan.spliced_stop)
         end = f"of {hooked.n_blocks} blocks, {last} are run"
@@ -180,6 +191,7 @@ class SAERun(TrainingRun[Tensor]):
 
     def open_tokenizers(self) -> str:
         """Check the tokenizers of the text."""
+        self.kept = kept_tokens(self.config, self.tlens_model)
         return check_tokenizers(self.config, self.tlens_model)
 
     def open_train_data(self) -> str:
@@ -201,7 +213,6 @@ class SAERun(TrainingRun[Tensor]):
     def build(self) -> None:
         """Make what trains the SAEs."""
         config = self.config
-        self.kept = kept_tokens(config, self.tlens_model)
         self.trainer = SAETrainer(
             self.saes,
             self.forward,
