@@ -14,6 +14,7 @@ import pytest
 
 from sparsify.runs.checkpoints import MANIFEST_NAME, load_checkpoint
 from sparsify.runs.weight_files import numbered_files
+from sparsify.scripts.train_tlens_saes.sae_run import SAERun
 
 from .conftest import assert_same_end, write_yaml
 
@@ -110,7 +111,7 @@ def content(sae_settings: dict[str, Any]) -> dict[str, Any]:
 def test_killed_at_any_time_a_run_ends_as_if_it_had_not_been(
     content: dict[str, Any], tmp_path: Path
 ):
-    CONTEXT.set_forkserver_preload(["sparsify.scripts.train_tlens_saes.train"])
+    CONTEXT.set_forkserver_preload([SAERun.__module__])
     whole = Run(content, tmp_path / "whole")
     whole.finish()
     rng = random.Random(0)
