@@ -14,13 +14,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dotenv import find_dotenv, load_dotenv
-
 import sparsify
 from sparsify.runs.config import SAERunConfig
 from sparsify.runs.run_folder import CONFIG_FILE
 from sparsify.settings.base_config import AnyConfig, UserError, nearest, read_yaml, validate_config
 from sparsify.settings.command_line import load_config
+from sparsify.settings.dotenv_file import read_dotenv
 from sparsify.settings.secrets import redact_secrets
 from sparsify.sweeps.jobs import Script
 from sparsify.training.config import NEWEST_RUN, TrainingConfig
@@ -121,8 +120,7 @@ def exit_code_of(work: Callable[[], int]) -> int:
 
     Those are bad input, a disk that cannot be written, and too little memory: 2. Interrupted: 130.
     """
-    # Keys of wandb and the hub; what is set in the environment wins.
-    load_dotenv(find_dotenv(usecwd=True))
+    read_dotenv()
     let_threads_sleep()
     try:
         return work()
