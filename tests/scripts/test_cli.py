@@ -119,24 +119,6 @@ def test_resume_may_stand_alone(path: Path):
     assert [config.resume for config in seen] == [newest, newest, run, run, None]
 
 
-def test_dotenv_of_the_working_folder_does_not_override_the_environment(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    (path.parent / ".env").write_text("SPARSIFY_TEST_A=file\nSPARSIFY_TEST_B=file\n")
-    monkeypatch.setenv("SPARSIFY_TEST_A", "environment")
-    monkeypatch.setenv("SPARSIFY_TEST_B", "")  # so that it is restored after the test
-    monkeypatch.delenv("SPARSIFY_TEST_B")
-    seen: list[str | None] = []
-
-    def main(_: Settings) -> None:
-        import os
-
-        seen.extend(os.environ.get(f"SPARSIFY_TEST_{letter}") for letter in "AB")
-
-    assert run_script(Settings, main, "Does a thing.", [str(path)]) == 0
-    assert seen == ["environment", "file"]
-
-
 # The `sparsify` command
 
 
