@@ -103,6 +103,8 @@ def train_script(
     """
 
     def train(config: TrainingConfig) -> None:
+        # Seconds before anything else is known.
+        print(f"{config.run_name}: loading torch and the model ...", file=sys.stderr, flush=True)
         from sparsify.runs.lifecycle import run_training
 
         run_training(load_run_class()(config))
