@@ -25,7 +25,7 @@ class SAEActs:
     """Activation that the output replaces. None: the input, as in all kinds except a transcoder."""
 
     pre_acts: Float[Tensor, "*sample n_dict"] | None = None
-    """What the code was made of. None: no loss of the kind reads it."""
+    """Pre-activations that the code was made of. None: no loss of the kind reads them."""
 
     gates: Float[Tensor, "*sample n_dict"] | None = None
     """How far the gates of a gated SAE are open, 0 where they are closed. None: no gates."""
