@@ -29,13 +29,21 @@ TEXTS: dict[str, tuple[MakeText, str]] = {
     ),
     "code": (
         lambda text: f"{text}seed: !!python/object/apply:os.system ['touch FILES/planted']\n",
-        "could not determine a constructor for the tag 'tag:yaml.org,2002:python/object/apply",
+        "fix this: tags (!) are not supported; write the value alone, or put text that begins so",
     ),
     "wrong tag": (
         lambda text: f"{text}mixed_precision: !!bool perhaps\n",
-        "fix this: a value is not of the kind that its tag says",
+        "fix this: tags (!) are not supported",
     ),
-    "no such date": (lambda text: f"{text}seed: 2024-02-31\n", "day is out of range for month"),
+    "date": (lambda text: f"{text}seed: 2024-02-31\n", "unable to parse string as an integer"),
+    "sexagesimal": (
+        lambda text: f"{text}max_grad_norm: 1:30:{'0' * 5000}\n",
+        "max_grad_norm: Input should be a valid number, unable to parse string as a number",
+    ),
+    "octal": (
+        lambda text: f"{text}seed: 0o17\n",
+        "seed: Input should be a valid integer, unable to parse string as an integer (given: '0o1",
+    ),
     "number of 5000 digits": (
         lambda text: f"{text}seed: {'9' * 5000}\n",
         "Exceeds the limit (4300 digits) for integer string conversion",

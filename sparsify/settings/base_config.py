@@ -18,6 +18,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from sparsify.settings.files import read_text
 from sparsify.settings.secrets import redact_secrets
 from sparsify.settings.strict_yaml import parse_yaml
 
@@ -121,11 +122,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: There is no such file, or it is not a YAML mapping.
     """
     try:
-        with path.open(encoding="utf-8") as file:
-            content = parse_yaml(file)
+        content = parse_yaml(read_text(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is not valid YAML; fix this: {error}") from None
     if not isinstance(content, dict):
         kind = "nothing" if content is None else type(content).__name__
