@@ -14,6 +14,7 @@ from sparsify.saes.base import eval_mode
 from sparsify.saes.build import build_sae
 from sparsify.saes.config import ReLUSAEConfig, SAEConfig
 from sparsify.settings.base_config import UserError, validate_config
+from sparsify.settings.paths import with_home
 from sparsify.splicing.edits import Edit
 from sparsify.splicing.hooks import cache_hooks, check_fired, keep_hooks, splice_hooks
 from sparsify.splicing.interventions import Intervention
@@ -238,7 +239,7 @@ class SAETransformer(nn.Module, TLensNames):
         # `runs` builds on this module, which knows it only here, for the name that users type.
         from sparsify.runs.saved import load_run
 
-        return load_run(Path(path), device)
+        return load_run(Path(with_home(str(path))), device)
 
     def splice_hooks(
         self,

@@ -9,6 +9,7 @@ from typing import Self
 from pydantic import model_validator
 
 from sparsify.settings.base_config import BaseConfig, Count, Name, Seed
+from sparsify.settings.paths import NameOrPath, absolute_name
 
 PYTHON_STDLIB = "python-stdlib"
 PYTHON_STDLIB_SPLITS = ("train", "validation")
@@ -17,7 +18,7 @@ PYTHON_STDLIB_SPLITS = ("train", "validation")
 class DataConfig(BaseConfig):
     """Text or token ids, and how they are cut into sequences and put in order."""
 
-    dataset_name: Name
+    dataset_name: NameOrPath
     """`python-stdlib` (built in), a file or folder, or the name of a dataset on the hub.
 
     Parquet, jsonl and json files are tables with one document per row. Of any other file, and of
@@ -34,7 +35,7 @@ class DataConfig(BaseConfig):
     """Rows of a table are token ids, exactly `n_ctx` in each."""
     column_name: Name | None = None
     """Column of a table. null: `input_ids` if `is_tokenized`, else `text`."""
-    tokenizer_name: Name | None = None
+    tokenizer_name: NameOrPath | None = None
     """Tokenizer of the text, or that made the ids. null: the model's own."""
     n_ctx: Count
     """Tokens in a sequence, BOS included."""
@@ -87,6 +88,16 @@ class DataConfig(BaseConfig):
         if settings := table_settings(self):
             raise ValueError(f"{settings}: has no meaning for {PYTHON_STDLIB}; remove it")
         return self
+
+    def with_absolute_paths(self) -> Self:
+        """Return the same settings, whose data and tokenizer are found from any folder."""
+        names = {}
+        if self.dataset_name != PYTHON_STDLIB:
+            names["dataset_name"] = absolute_name(self.dataset_name)
+        # One without a slash may be bundled, or on the hub, whatever lies in this folder.
+        if "/" in (self.tokenizer_name or ""):
+            names["tokenizer_name"] = absolute_name(str(self.tokenizer_name))
+        return self.model_copy(update=names)
 
     @property
     def column(self) -> str:

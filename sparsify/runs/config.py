@@ -2,7 +2,6 @@
 
 from functools import reduce
 from operator import or_
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -25,6 +24,7 @@ from sparsify.settings.base_config import (
     listed,
     nearest,
 )
+from sparsify.settings.paths import UserPath
 from sparsify.tlens.hook_names import HookNames
 from sparsify.training.config import TrainingConfig
 
@@ -35,7 +35,7 @@ class SAEPlacement(BaseConfig):
     sae_positions: HookNames
     """Hook points: full names, or runs of their dotted parts (`hook_resid_pre` is that of every
     block, `blocks.1` never means block 10). A transcoder writes there."""
-    pretrained_sae_paths: Annotated[list[Path] | None, BeforeValidator(listed)] = None
+    pretrained_sae_paths: Annotated[list[UserPath] | None, BeforeValidator(listed)] = None
     """Checkpoints whose SAEs to start from. null: all SAEs are new."""
     retrain_saes: bool = False
     """Train SAEs from pretrained_sae_paths further. false: they stay as they are."""
@@ -106,7 +106,7 @@ class SAETransformerConfig(BaseConfig):
 
     tlens_model_name: Name | None = None
     """`tiny-python` (bundled, needs no network) or a model that TransformerLens knows."""
-    tlens_model_path: Path | None = None
+    tlens_model_path: UserPath | None = None
     """The model/ folder of a train_tlens run, in place of tlens_model_name."""
     tlens_model_processing: Literal["folded", "raw"] = "folded"
     """folded: layer norms folded into the weights and the weights centred, as TransformerLens does

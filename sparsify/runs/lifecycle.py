@@ -34,6 +34,7 @@ from sparsify.runs.sinks import open_sinks, report_early_end
 from sparsify.runs.training_run import TrainingRun
 from sparsify.runs.weight_files import check_identity, load_metadata, weights_path
 from sparsify.settings.base_config import UserError
+from sparsify.settings.terminal import report
 from sparsify.training.memory import explained_out_of_memory
 from sparsify.training.random_state import set_seed
 
@@ -139,6 +140,6 @@ def _train_and_finish(run: AnyRun) -> None:
             saver.finish(session.save)
         with interrupt_says(line), explained_out_of_memory(run.memory_remedies):
             report_early_end(sink, run.n_samples, config.n_batches * config.batch_size, run.subject)
-            report = run.finish(session)
+            result = run.finish(session)
     # Below the progress bar, which is closed by now.
-    print(report)
+    report(result)

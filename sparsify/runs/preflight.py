@@ -22,6 +22,7 @@ from sparsify.runs.run_folder import check_save_dir
 from sparsify.runs.training_run import OpeningStep, TrainingRun
 from sparsify.settings.base_config import UserError
 from sparsify.settings.secrets import redact_secrets
+from sparsify.settings.terminal import can_write, report
 from sparsify.training.config import TrainingConfig
 from sparsify.training.memory import (
     explained_out_of_memory,
@@ -32,6 +33,9 @@ from sparsify.training.memory import (
     peak_bytes,
 )
 from sparsify.training.random_state import set_seed
+
+PLAIN_MARKS = {"✓": "+", "✗": "x", "–": "-"}
+"""Marks of the table where the encoding has no others."""
 
 
 def preflight(run: TrainingRun[Any]) -> bool:  # whatever its batches are
@@ -76,11 +80,16 @@ def run_checks(checks: Sequence[OpeningStep]) -> bool:
             passed.add(check.name)
         n_failed += mark == "✗"
         lines = text.replace("\n", "\n" + " " * (width + 4))
-        print(f"{mark} {check.name:<{width}}  {lines}", flush=True)
+        report(_in_encoding(f"{mark} {check.name:<{width}}  {lines}"))
     n_left_out = len(checks) - len(passed) - n_failed
     left_out = f", {n_left_out} could not be checked" if n_left_out else ""
-    print(f"{n_failed} to change{left_out}" if n_failed else "all is well, nothing was trained")
+    report(f"{n_failed} to change{left_out}" if n_failed else "all is well, nothing was trained")
     return n_failed == 0
+
+
+def _in_encoding(line: str) -> str:
+    """Return a line whose mark stdout's encoding has; what follows is up to the stream."""
+    return line if can_write(line[0]) else PLAIN_MARKS[line[0]] + line[1:]
 
 
 def _outcome(check: OpeningStep) -> tuple[str, str]:

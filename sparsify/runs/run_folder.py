@@ -146,7 +146,7 @@ def write_result(run_dir: Path, result: Mapping[str, Any]) -> Path:
 def write_config(run_dir: Path, config: BaseConfig) -> Path:
     """Write `final_config.yaml`, from which the run can be repeated and its result loaded."""
     path = run_dir / CONFIG_FILE
-    write_text(path, dump_yaml(config))
+    write_text(path, dump_yaml(config.with_absolute_paths()))
     return path
 
 

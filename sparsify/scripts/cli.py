@@ -6,6 +6,7 @@ Nothing heavy is imported before a config is known to be valid.
 import argparse
 import errno
 import importlib
+import logging
 import os
 import sys
 import textwrap
@@ -21,12 +22,14 @@ from sparsify.settings.base_config import AnyConfig, UserError, nearest, read_ya
 from sparsify.settings.command_line import load_config
 from sparsify.settings.dotenv_file import read_dotenv
 from sparsify.settings.secrets import redact_secrets
+from sparsify.settings.terminal import MessageFormatter, forgiving_streams, tell
 from sparsify.sweeps.jobs import Script
 from sparsify.training.config import NEWEST_RUN, TrainingConfig
 
 if TYPE_CHECKING:
     from sparsify.runs.training_run import TrainingRun
 
+EXIT_LOST = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
@@ -104,7 +107,7 @@ def train_script(
 
     def train(config: TrainingConfig) -> None:
         # Seconds before anything else is known.
-        print(f"{config.run_name}: loading torch and the model ...", file=sys.stderr, flush=True)
+        tell(f"{config.run_name}: loading torch and the model ...")
         from sparsify.runs.lifecycle import run_training
 
         run_training(load_run_class()(config))
@@ -121,29 +124,44 @@ def exit_code_of(work: Callable[[], int]) -> int:
     """Return the exit code of a script's work; failures that a person can fix become messages.
 
     Those are bad input, a disk that cannot be written, and too little memory: 2. Interrupted: 130.
+    A stdout or stderr that cannot be written is none: what matters is in files. Only where help or
+    a config was asked for, it is what was to be done: 1.
     """
-    read_dotenv()
-    let_threads_sleep()
+    with forgiving_streams() as is_stdout_lost:
+        read_dotenv()
+        let_threads_sleep()
+        if logging.lastResort is not None:  # the handler of what no other one takes
+            logging.lastResort.setFormatter(MessageFormatter())
+        try:
+            return _exit_code_of(work)
+        except SystemExit:
+            sys.stdout.flush()
+            if is_stdout_lost():
+                return EXIT_LOST
+            raise
+
+
+def _exit_code_of(work: Callable[[], int]) -> int:
     try:
         return work()
     except UserError as error:
-        print(f"error: {redact_secrets(str(error))}", file=sys.stderr)
+        tell(f"error: {redact_secrets(str(error))}")
         return EXIT_BAD_INPUT
     except OSError as error:
         # A full or read-only disk, where nothing better is known than to stop.
         if error.errno not in DISK_ERRORS or error.filename is None:
             raise
-        print(f"error: {error.filename}: cannot be written ({error.strerror})", file=sys.stderr)
+        tell(f"error: {error.filename}: cannot be written ({error.strerror})")
         return EXIT_BAD_INPUT
     except RuntimeError as error:
         from sparsify.training.memory import out_of_memory_message
 
         if (message := out_of_memory_message(error)) is None:
             raise
-        print(f"error: {message}", file=sys.stderr)
+        tell(f"error: {message}")
         return EXIT_BAD_INPUT
     except KeyboardInterrupt as interrupt:
-        print("; ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
+        tell("; ".join(["interrupted", *map(str, interrupt.args)]))
         return EXIT_INTERRUPTED
 
 
@@ -188,13 +206,17 @@ def main() -> int:
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in COMMANDS:
         return run_command(command, sys.argv[2:])
+    return exit_code_of(lambda: _answer(command))
+
+
+def _answer(command: str) -> int:
+    """Print help or the version, or say that there is no such command."""
     if command.startswith("-"):
         command_parser().parse_args([command])
     # A beginning says more than likeness, by which `train` would mean train-lm alone.
     begun = " or ".join(f"'{name}'" for name in COMMANDS if name.startswith(command))
-    guess = f"'{command}'; did you mean {begun}?" if begun else nearest(command, COMMANDS)
-    print(f"error: there is no command {guess} (see sparsify --help)", file=sys.stderr)
-    return EXIT_BAD_INPUT
+    guess = f"{command!r}; did you mean {begun}?" if begun else nearest(command, COMMANDS)
+    raise UserError(f"there is no command {guess} (see sparsify --help)")
 
 
 def command_parser() -> argparse.ArgumentParser:

@@ -19,8 +19,10 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from sparsify.settings.files import read_text
+from sparsify.settings.paths import absolute
 from sparsify.settings.secrets import redact_secrets
 from sparsify.settings.strict_yaml import parse_yaml
+from sparsify.settings.terminal import can_write, escaped, printable
 
 
 class UserError(ValueError):
@@ -68,6 +70,14 @@ class BaseConfig(BaseModel):
         ]
         raise ValidationError.from_exception_data(cls.__name__, unknown + others)
 
+    def with_absolute_paths(self) -> Self:
+        """Return the same settings, whose paths lead to the same files from any folder."""
+        paths = {
+            name: value.with_absolute_paths() if isinstance(value, BaseConfig) else absolute(value)
+            for name, value in self
+        }
+        return self.model_copy(update=paths)
+
     @classmethod
     def unknown_key_message(cls, key: str) -> str:
         """Message about a key that is not a field."""
@@ -112,7 +122,8 @@ def _problem(
 def nearest(name: str, known: Iterable[str]) -> str:
     """`'name'`, followed by the most similar of the `known` names if one is at all similar."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"'{name}'; did you mean '{close[0]}'?" if close else f"'{name}'"
+    quoted = f"'{escaped(name)}'"
+    return f"{quoted}; did you mean '{close[0]}'?" if close else quoted
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -133,9 +144,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def dump_yaml(config: BaseConfig) -> str:
-    """Return YAML that `read_yaml` and validation turn back into an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+def dump_yaml(config: BaseConfig, *, is_shown: bool = False) -> str:
+    """Return YAML that `read_yaml` and validation turn back into an equal config.
+
+    Args:
+        config: Settings.
+        is_shown: Whether it is for stdout. Characters that its encoding lacks, or that a terminal
+            would obey, are escapes then.
+    """
+    content = config.model_dump(mode="json")
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    if is_shown and not (can_write(text) and printable(text) == text):
+        return yaml.safe_dump(content, sort_keys=False, allow_unicode=False)
+    return text
 
 
 def validate_config(config_class: type[AnyConfig], content: object, source: str) -> AnyConfig:
@@ -153,7 +174,7 @@ def validate_config(config_class: type[AnyConfig], content: object, source: str)
 
 def _describe(problem: Mapping[str, Any]) -> str:
     parts = [str(part) for part in problem["loc"]]
-    place = ".".join(part for part in parts if not part.startswith(TAG_MARK))
+    place = ".".join(escaped(part) for part in parts if not part.startswith(TAG_MARK))
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "missing":
         return f"  {place}: is required and has no default; set it"

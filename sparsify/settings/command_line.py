@@ -26,6 +26,7 @@ from sparsify.settings.base_config import (
     validate_config,
 )
 from sparsify.settings.kinds_help import explain_kinds
+from sparsify.settings.paths import user_path
 from sparsify.settings.secrets import redact_secrets
 
 
@@ -58,7 +59,7 @@ def load_config(
     parser.add_argument(
         "config",
         metavar="CONFIG.yaml",
-        type=Path,
+        type=user_path,
         help="settings of the run; it comes before the options",
     )
     parser.add_argument(
@@ -79,7 +80,7 @@ def load_config(
             "set WANDB_API_KEY or HF_TOKEN in .env instead"
         )
     if namespace.print_config:
-        print(dump_yaml(config), end="")
+        print(dump_yaml(config, is_shown=True), end="", flush=True)
         raise SystemExit(0)
     return config
 

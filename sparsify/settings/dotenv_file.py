@@ -5,9 +5,10 @@ server, or have Python run other code.
 """
 
 import os
-import sys
 
 from dotenv import dotenv_values, find_dotenv
+
+from sparsify.settings.terminal import tell
 
 VARIABLES = ("WANDB_API_KEY", "WANDB_ENTITY", "WANDB_MODE", "HF_TOKEN")
 """Variables that are read, which `.env.example` documents."""
@@ -24,8 +25,7 @@ def read_dotenv() -> None:
         if (value := found.get(name)) is not None:
             os.environ.setdefault(name, value)
     if ignored := ", ".join(repr(name) for name in found if name not in VARIABLES):
-        print(
+        tell(
             f"warning: {path}: {ignored} ignored, as only {', '.join(VARIABLES)} are read from it; "
-            "set other variables in the environment",
-            file=sys.stderr,
+            "set other variables in the environment"
         )

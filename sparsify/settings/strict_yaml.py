@@ -67,7 +67,7 @@ class _StrictLoader(yaml.SafeLoader):
     can mean billions of values.
     """
 
-    yaml_implicit_resolvers = {}  # noqa: RUF012  PyYAML's, filled below
+    yaml_implicit_resolvers = {}
 
     def fetch_anchor(self) -> None:
         raise ConstructorError(None, None, _REFERENCE, self.get_mark())

@@ -43,7 +43,7 @@ class Job:
     @property
     def key(self) -> str:
         """A text that is the same for equal configs."""
-        return dump_yaml(self.config)
+        return dump_yaml(self.config.with_absolute_paths())
 
 
 @dataclass
@@ -62,7 +62,8 @@ class KnownRuns:
                     config = validate_config(config_class, read_yaml(path), str(path))
                 except UserError:
                     continue  # of another script, or of another version
-                self.folders.setdefault(dump_yaml(config), []).append(path.parent)
+                key = dump_yaml(config.with_absolute_paths())
+                self.folders.setdefault(key, []).append(path.parent)
 
     def finished(self, job: Job) -> Path | None:
         """Return the newest finished run of a job. None: there is none."""

@@ -9,12 +9,13 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sparsify.runs.interrupt import held_interrupt
 from sparsify.runs.run_folder import LOCK_FILE
+from sparsify.settings.terminal import printable, report, tell
 from sparsify.sweeps.jobs import Job, check_leaves_result, known_runs
 from sparsify.sweeps.table import results_table
 
@@ -50,9 +51,9 @@ def do_jobs(jobs: Sequence[Job], n_processes: int | None, *, has_table: bool = F
         check_leaves_result(job)
     outcome = run_jobs(jobs, open_slots(n_processes))
     if has_table:
-        print("\n".join(["", *results_table(jobs, outcome.minutes)]), flush=True)
+        report("\n".join(["", *results_table(jobs, outcome.minutes)]))
     for job in outcome.failed:
-        print(f"failed: {job.label}", file=sys.stderr)
+        tell(f"failed: {job.label}")
     return int(bool(outcome.failed))
 
 
@@ -145,7 +146,7 @@ def _to_do(jobs: Sequence[Job]) -> Iterator[tuple[str, Job, Path | None]]:
     for number, job in enumerate(jobs, start=1):
         name = f"[{number}/{len(jobs)}] {job.label}"
         if (done := known.finished(job)) is not None:
-            print(f"{name}: done before, in {done}", flush=True)
+            report(f"{name}: done before, in {done}")
         else:
             yield name, job, known.begun(job)
 
@@ -167,12 +168,13 @@ class _Run:
         resume = [] if begun is None else ["--resume", str(begun)]
         command = [sys.executable, str(job.script.program), *job.arguments, *resume]
         what = "begins" if begun is None else f"resumes {begun}"
-        print(f"{name}: {what}, log in {self.log}", flush=True)
+        report(f"{name}: {what}, log in {self.log}")
         self.is_stopped = False
         self.start, self.minutes = time.monotonic(), 0.0
-        with self.log.open("a", encoding="utf-8") as file:
+        with self.log.open("ab", buffering=0) as file:
             self.log_start = file.tell()
-            print(shlex.join(command), file=file, flush=True)
+            with suppress(OSError):  # a full disk, which the run itself survives
+                file.write(f"{printable(shlex.join(command))}\n".encode())
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -189,19 +191,19 @@ class _Run:
         """Print how it ended; returns whether the run is done."""
         self.minutes = (time.monotonic() - self.start) / 60
         if (code := self.process.returncode) == 0:
-            print(f"{self.name}: done in {self.minutes:.1f} minutes", flush=True)
+            report(f"{self.name}: done in {self.minutes:.1f} minutes")
             return True
         if self.is_stopped:
-            print(f"{self.name}: stopped", flush=True)
+            report(f"{self.name}: stopped")
             return False
         with self.log.open(encoding="utf-8", errors="replace") as file:
             file.seek(self.log_start)
             lines = file.read().splitlines()
         errors = [line for line in lines if line.startswith("error: ")] or lines
-        print(f"{self.name}: FAILED (exit code {code}): {errors[-1]}\n  log in {self.log}")
+        last = errors[-1] if errors else "it said nothing"
+        report(f"{self.name}: FAILED (exit code {code}): {last}\n  log in {self.log}")
         if self.begun is not None:
-            print(f"  it is resumed the next time; to start from scratch, move {self.begun} away")
-        sys.stdout.flush()
+            report(f"  it is resumed the next time; to start from scratch, move {self.begun} away")
         return False
 
 
@@ -236,6 +238,6 @@ def sole_owner(folders: Iterable[Path]) -> Iterator[list[int]]:
             try:
                 fcntl.flock(files[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(f"waiting until other runs of '{folder.parent}' have ended", flush=True)
+                report(f"waiting until other runs of '{folder.parent}' have ended")
                 fcntl.flock(files[-1], fcntl.LOCK_EX)
         yield files

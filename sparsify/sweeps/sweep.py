@@ -50,6 +50,7 @@ from sparsify.settings.base_config import (
     validate_config,
 )
 from sparsify.settings.command_line import load_config
+from sparsify.settings.paths import UserPath
 from sparsify.sweeps.jobs import Job, Script
 
 PROGRAM_MACRO, ARGS_MACRO = "${program}", "${args}"
@@ -88,7 +89,7 @@ class Parameter(BaseConfig):
 class SweepConfig(BaseConfig):
     """Runs of one recipe with all combinations of some settings."""
 
-    recipe: Path | None = None
+    recipe: UserPath | None = None
     """The settings that all runs share. null: named in command."""
     runs: dict[Name, dict[str, Any] | None] | None = None  # of any setting
     """Changes of the recipe, if any, by the name of a run. null: there are only parameters."""

@@ -6,6 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
 from sparsify.settings.base_config import BaseConfig, Count, Name, PositiveFinite, Seed, UserError
+from sparsify.settings.paths import UserPath
 
 DEFAULT_MIN_LR_FACTOR = 0.1
 NEWEST_RUN = "newest"
@@ -83,10 +84,10 @@ class TrainingConfig(BaseConfig):
     """Minutes between two checkpoints. null: none for the time."""
     keep_last: Count = 2
     """Checkpoints that keep what is needed to resume from them. The weights of all are kept."""
-    resume: Path | None = None
+    resume: UserPath | None = None
     """Run folder to resume from its newest checkpoint, or a file of the checkpoint to resume
     from. `newest`, or --resume alone: the newest run in save_dir. null: a new run."""
-    save_dir: Path | None = Path("out")
+    save_dir: UserPath | None = Path("out")
     """Folder in which the run makes its own folder. null: the run writes no files."""
 
     seed: Seed = 0

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from sparsify.scripts.benchmark.shapes import MODES, SHAPES, TECHNIQUES
-from sparsify.scripts.cli import let_threads_sleep
+from sparsify.scripts.cli import exit_code_of
 from sparsify.settings.command_line import program_name
+from sparsify.settings.paths import user_path
+from sparsify.settings.terminal import tell
 
 Row = dict[str, Any]
 """Strings and numbers by name."""
@@ -24,7 +26,11 @@ Row = dict[str, Any]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with `argv`, None for the process's arguments; returns the exit code."""
-    options = parse(argv)
+    return exit_code_of(lambda: benchmark(parse(argv)))
+
+
+def benchmark(options: argparse.Namespace) -> int:
+    """Measure what is asked for, write and print it; returns the exit code."""
     if options.shape and options.mode:
         rows = [measure_here(options)]
     else:
@@ -33,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         shapes = [options.shape] if options.shape else possible
         modes = [options.mode] if options.mode else MODES
         rows = [measure_apart(shape, mode, options) for shape in shapes for mode in modes]
-    print_report(rows)
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    print_report(rows)
     return 0
 
 
@@ -48,7 +54,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--mode", choices=MODES, help="mix of loss terms; all if not given")
     parser.add_argument("--n-steps", type=int, default=9, help="timed steps of either kind (9)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(cpu)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
+    parser.add_argument("--json", type=user_path, metavar="FILE", help="write the rows here too")
     parser.add_argument(
         "--without",
         action="append",
@@ -71,7 +77,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def measure_here(options: argparse.Namespace) -> Row:
     """One row, measured in this process."""
-    let_threads_sleep()
     import torch
 
     from sparsify.scripts.benchmark.measure import measure
@@ -85,7 +90,7 @@ def measure_here(options: argparse.Namespace) -> Row:
 
 def measure_apart(shape: str, mode: str, options: argparse.Namespace) -> Row:
     """One row, measured in a process of its own."""
-    print(f"measuring {shape}, {mode} ...", file=sys.stderr, flush=True)
+    tell(f"measuring {shape}, {mode} ...")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "row.json"
         command = [sys.executable, __file__, "--shape", shape, "--mode", mode, "--json", str(path)]

@@ -20,6 +20,7 @@ from sparsify.runs.text import kept_tokens, load_eval_batches
 from sparsify.runs.weight_files import WEIGHTS_NAME, checkpoint_at, load_weights
 from sparsify.scripts.evaluate.saved_runs import SavedRun
 from sparsify.settings.base_config import UserError
+from sparsify.settings.terminal import report
 from sparsify.splicing.sae_dict import position_of
 from sparsify.tlens.loading import resolve_device
 
@@ -51,13 +52,12 @@ def evaluate_runs(runs: Sequence[SavedRun], compare_to: Path | None) -> None:
     pairs = [] if compare_to is None else comparable_pairs(targets)
     dictionaries: list[dict[str, Tensor]] = []
     for target in targets:
-        print(f"{target.path}\n", flush=True)
+        report(f"{target.path}\n")
         suite, elements = evaluate_checkpoint(target)
         dictionaries.append(elements)
-        print(format_suite(suite))
         content = {"checkpoint": target.path.name} | suite.to_json()
         write_text(target.result, json.dumps(content, indent=1) + "\n")
-        print(f"\nwritten to {target.result}\n", flush=True)
+        report(f"{format_suite(suite)}\n\nwritten to {target.result}\n")
     if compare_to is not None:
         compare(targets, dictionaries, pairs, compare_to)
 
@@ -137,10 +137,9 @@ def compare(
         for a, b, position in pairs
     }
     names = [str(target.path) for target in targets]
-    print(format_similarities(names, similarities))
     content = [
         {"a": names[a], "b": names[b], "position": position} | similarity.to_json()
         for (a, b, position), similarity in similarities.items()
     ]
     write_text(path, json.dumps(content, indent=1) + "\n")
-    print(f"\nwritten to {path}")
+    report(f"{format_similarities(names, similarities)}\n\nwritten to {path}")

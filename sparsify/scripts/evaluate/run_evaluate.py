@@ -16,6 +16,7 @@ from sparsify.scripts.cli import exit_code_of
 from sparsify.scripts.evaluate.saved_runs import find_runs
 from sparsify.settings.base_config import UserError
 from sparsify.settings.command_line import program_name
+from sparsify.settings.paths import user_path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +47,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "runs",
         nargs="+",
-        type=Path,
+        type=user_path,
         metavar="RUN_OR_CHECKPOINT",
         help="folder of a run, for its newest checkpoint, or one of its samples_{N}.safetensors",
     )
@@ -64,7 +65,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--compare",
-        type=Path,
+        type=user_path,
         metavar="FILE.json",
         help="compare the dictionaries of all pairs of runs too, and write what comes out here",
     )

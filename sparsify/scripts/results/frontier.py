@@ -26,6 +26,7 @@ from sparsify.scripts.cli import read_sae_run
 from sparsify.scripts.tables import markdown_table
 from sparsify.settings.base_config import UserError, read_yaml
 from sparsify.settings.differences import differing_settings
+from sparsify.settings.terminal import report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,7 +79,7 @@ def points_of(runs: Sequence[Path]) -> list[Point]:
         check_alike(first.setdefault(name, run), run)
         point = point_of(name, config, run)
         if point is None:
-            print(f"left out: {run}, whose L0 is 0, or which has numbers that are not finite")
+            report(f"left out: {run}, whose L0 is 0, or which has numbers that are not finite")
         else:
             points.append(point)
     return points

@@ -17,27 +17,38 @@ from sparsify.scripts.cli import exit_code_of, training_scripts
 from sparsify.scripts.results.frontier import write_frontier
 from sparsify.settings.base_config import UserError
 from sparsify.settings.command_line import program_name
+from sparsify.settings.paths import user_path
+from sparsify.settings.terminal import report
 from sparsify.sweeps.jobs import finished_runs
 from sparsify.sweeps.sweep import load_sweep
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with `argv`, None for the process's arguments; returns the exit code."""
+
+    def work() -> int:
+        options = parse(argv)
+        return compare(options.paths, options.to)
+
+    return exit_code_of(work)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(
         prog=program_name(), description=str(__doc__).splitlines()[0], allow_abbrev=False
     )
     parser.add_argument(
         "paths",
         nargs="+",
-        type=Path,
+        type=user_path,
         metavar="RUN_FOLDER_OR_SWEEP.yaml",
         help="folder of a run, folder that holds such folders, or sweep file",
     )
     default = Path("out/frontier")
     to_help = f"where to write (default: {default})"
-    parser.add_argument("--to", type=Path, metavar="FOLDER", default=default, help=to_help)
-    options = parser.parse_args(argv)
-    return exit_code_of(lambda: compare(options.paths, options.to))
+    parser.add_argument("--to", type=user_path, metavar="FOLDER", default=default, help=to_help)
+    return parser.parse_args(argv)
 
 
 def compare(paths: Sequence[Path], folder: Path) -> int:
@@ -52,8 +63,8 @@ def compare(paths: Sequence[Path], folder: Path) -> int:
         n_missing += n_planned - len(found)
     if not runs:
         raise UserError(f"none of {n_missing} runs is finished; do them with run_sweep.py")
-    print("\n".join(write_frontier(list(runs), len(runs) + n_missing, folder)))
-    print(f"\nwritten to {folder}: frontier.json, frontier_points.json and frontier.png")
+    report("\n".join(write_frontier(list(runs), len(runs) + n_missing, folder)))
+    report(f"\nwritten to {folder}: frontier.json, frontier_points.json and frontier.png")
     return 0
 
 

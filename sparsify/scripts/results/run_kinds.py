@@ -20,6 +20,7 @@ from sparsify.runs.run_folder import RESULT_FILE, write_text
 from sparsify.scripts.cli import exit_code_of, read_sae_run, training_scripts
 from sparsify.scripts.tables import check_places, markdown_table, put_into
 from sparsify.settings.base_config import read_yaml, validate_config
+from sparsify.settings.terminal import report
 from sparsify.sweeps.jobs import Job, known_runs
 from sparsify.sweeps.processes import add_processes_option, do_jobs
 
@@ -89,7 +90,7 @@ def write(rows: Sequence[Row]) -> None:
     write_text(path, json.dumps(rows, indent=1) + "\n")
     table = table_lines(rows)
     put_into(document, "kinds", table)
-    print("\n".join([*table, "", f"written to {path} and {document}"]))
+    report("\n".join([*table, "", f"written to {path} and {document}"]))
 
 
 def table_lines(rows: Sequence[Row]) -> list[str]:

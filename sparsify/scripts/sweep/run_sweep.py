@@ -15,22 +15,32 @@ from pathlib import Path
 
 from sparsify.scripts.cli import exit_code_of, training_scripts
 from sparsify.settings.command_line import program_name
+from sparsify.settings.paths import user_path
 from sparsify.sweeps.processes import add_processes_option, do_jobs
 from sparsify.sweeps.sweep import load_sweep
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with `argv`, None for the process's arguments; returns the exit code."""
+
+    def work() -> int:
+        options, overrides = parse(argv)
+        return sweep(options.sweeps, overrides, options.processes)
+
+    return exit_code_of(work)
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Return the options of the command line, and those that are for all runs."""
     parser = argparse.ArgumentParser(
         prog=program_name(),
         description=str(__doc__).splitlines()[0],
         epilog="Further options, such as --n_samples 800, are settings for all runs.",
         allow_abbrev=False,
     )
-    parser.add_argument("sweeps", nargs="+", type=Path, metavar="SWEEP.yaml")
+    parser.add_argument("sweeps", nargs="+", type=user_path, metavar="SWEEP.yaml")
     add_processes_option(parser)
-    options, overrides = parser.parse_known_args(argv)
-    return exit_code_of(lambda: sweep(options.sweeps, overrides, options.processes))
+    return parser.parse_known_args(argv)
 
 
 def sweep(paths: Sequence[Path], overrides: Sequence[str], n_processes: int | None) -> int:
