@@ -16,6 +16,7 @@ from sparsify.runs.interrupt import held_interrupt, interrupt_says
 from sparsify.runs.resume import (
     checkpoint_to_resume,
     clear_what_came_after,
+    describe_resumption,
     explained_misfit,
     find_run,
     folder_to_write_to,
@@ -101,8 +102,8 @@ def _resume(run: AnyRun, held: ExitStack) -> None:
         run.resume(checkpoint)
     check_disk_at_start(config, run.trained, run.stepper.parameters, run.n_samples)
     clear_what_came_after(checkpoint, checkpoint.run_dir / METRICS_FILE)
+    say(describe_resumption(run.config, checkpoint))  # with the old values, before they are gone
     write_config(checkpoint.run_dir, run.config)
-    say(f"resuming after {run.n_samples:,} samples: {run.run_dir}")
 
 
 def find_checkpoint(run: AnyRun) -> Checkpoint:

@@ -17,7 +17,7 @@ from sparsify.runs.bad_batch import check_loss
 from sparsify.runs.checkpoints import Checkpoint
 from sparsify.runs.disk import check_disk
 from sparsify.runs.lifecycle import find_checkpoint
-from sparsify.runs.resume import explained_misfit, folder_to_write_to
+from sparsify.runs.resume import describe_resumption, explained_misfit, folder_to_write_to
 from sparsify.runs.run_folder import check_save_dir
 from sparsify.runs.training_run import OpeningStep, TrainingRun
 from sparsify.settings.base_config import UserError
@@ -114,7 +114,7 @@ class _Trial:
     def check_resume(self) -> str:
         self.checkpoint = find_checkpoint(self.run)
         self.run.run_dir = self.checkpoint.run_dir
-        return f"{self.checkpoint.run_dir}: resumes after {self.checkpoint.n_samples:,} samples"
+        return describe_resumption(self.run.config, self.checkpoint)
 
     def check_memory(self) -> str:
         run = self.run

@@ -4,7 +4,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sparsify.runs.checkpoints import (
@@ -16,12 +16,16 @@ from sparsify.runs.checkpoints import (
 from sparsify.runs.console import say
 from sparsify.runs.run_folder import CONFIG_FILE, RESULT_FILE
 from sparsify.runs.weight_files import STATE_NAME, WEIGHTS_NAME, numbered_files
-from sparsify.settings.base_config import UserError, read_yaml, validate_config
+from sparsify.settings.base_config import BaseConfig, UserError, read_yaml, validate_config
+from sparsify.settings.command_line import Settings, merged
 from sparsify.settings.differences import differing_settings
+from sparsify.settings.paths import UserPath
 from sparsify.settings.secrets import one_line
 from sparsify.training.config import NEWEST_RUN, TrainingConfig
 
 TEMPORARY_FILES = ".*.tmp"
+TRUST = "trust_remote_code"
+"""Setting of those scripts whose models may bring code."""
 
 
 def checkpoint_to_resume(config: TrainingConfig, kept_settings: Iterable[str]) -> Checkpoint:
@@ -51,11 +55,64 @@ def folder_to_write_to(config: TrainingConfig) -> Path | None:
     """
     if config.resume is None:
         return config.save_dir
-    path = find_run(config.resume, config.save_dir, type(config))
-    folder = path.parent if NUMBERED_NAME.fullmatch(path.name) else path
+    folder = _folder_of(find_run(config.resume, config.save_dir, type(config)))
     if os.path.isdir(folder):  # which is else reported where it is read
         _check_has_no_links(folder)
     return folder
+
+
+class _Wanted(BaseConfig):
+    """What says which run is resumed."""
+
+    resume: UserPath
+    save_dir: UserPath | None
+
+
+def settings_to_resume_with(
+    config_class: type[TrainingConfig], path: Path | None, content: Settings, options: Settings
+) -> tuple[Settings, Path]:
+    """Return the settings of the run that a command line resumes, and the file that they are in.
+
+    They are its own, which only options change. Of a file that is named beside them, it is said
+    what differs. Code of others is trusted only where that file or an option says so, as the run's
+    folder may come from those others.
+
+    Args:
+        config_class: Class of the settings.
+        path: The file that is named. None: there is none.
+        content: Settings in it.
+        options: Settings as options.
+
+    Raises:
+        UserError: There is no such run, or the file is not valid.
+    """
+    asked = {"save_dir": config_class.model_fields["save_dir"].default, **content, **options}
+    wanted = {name: asked[name] for name in _Wanted.model_fields}
+    found = validate_config(_Wanted, wanted, str(path or "the command line"))
+    resume = find_run(found.resume, found.save_dir, config_class)
+    own = _folder_of(resume) / CONFIG_FILE
+    if not os.path.isdir(own.parent):
+        raise UserError(f"resume: there is no folder '{resume}'; give the folder of a run")
+    _saved_config(own.parent, config_class)
+    settings = read_yaml(own) | {"resume": str(resume)}
+    if TRUST in settings:
+        settings[TRUST] = content.get(TRUST, False)
+    if path is not None:
+        named = validate_config(config_class, merged(content, options), str(path))
+        used = validate_config(config_class, merged(settings, options), str(own))
+        differences = _differences(named, used)
+        differences.pop("save_dir", None)
+        if differences:
+            say(
+                f"{path} is not used, since a run is resumed with its own settings: "
+                f"{', '.join(differences.values())}; to change one, give it as an option"
+            )
+    return settings, own
+
+
+def _folder_of(path: Path) -> Path:
+    """Return the run folder that `path` is, or is a file of a checkpoint in."""
+    return path.parent if NUMBERED_NAME.fullmatch(path.name) else path
 
 
 def find_run(resume: Path, save_dir: Path | None, config_class: type[TrainingConfig]) -> Path:
@@ -94,22 +151,13 @@ def check_can_resume(
     Raises:
         UserError: It does not.
     """
-    path = checkpoint.run_dir / CONFIG_FILE
-    try:
-        before = validate_config(type(config), read_yaml(path), str(path)).model_dump(mode="json")
-    except UserError as error:
+    kept = set(kept_settings)
+    changes = changed_settings(config, checkpoint.run_dir)
+    if refused := [change for name, change in changes.items() if name.split(".")[0] in kept]:
         raise UserError(
-            f"resume: '{checkpoint.run_dir}' is not a run of this script, or its config is damaged;"
-            f" give another run\n{error}"
-        ) from None
-    now = config.model_dump(mode="json")
-    changes = [
-        c for name in kept_settings for c in differing_settings(name, before[name], now[name])
-    ]
-    if changes:
-        raise UserError(
-            f"resume: a run is resumed with the settings in {path}, but given are "
-            f"{', '.join(changes)}; remove the change, or start a new run without resume"
+            f"resume: a run is resumed with the settings in {checkpoint.run_dir / CONFIG_FILE}, "
+            f"but given are {', '.join(refused)}; remove the change, or start a new run without "
+            "resume"
         )
     if config.n_batches * config.batch_size < checkpoint.n_samples:
         n_least = -(-checkpoint.n_samples // config.samples_per_step) * config.samples_per_step
@@ -118,6 +166,40 @@ def check_can_resume(
             f"'{checkpoint.run_dir}' has been trained on {checkpoint.n_samples} samples; raise it, "
             "or start a new run without resume"
         )
+
+
+def changed_settings(config: TrainingConfig, run_dir: Path) -> dict[str, str]:
+    """Return what `config` changes in the settings of a run, by the name of the setting.
+
+    Raises:
+        UserError: It is not a run of the same script.
+    """
+    return _differences(_saved_config(run_dir, type(config)), config)
+
+
+def describe_resumption(config: TrainingConfig, checkpoint: Checkpoint) -> str:
+    """Return which run is resumed, where, and what is changed in its settings, in a line."""
+    changes = ", ".join(changed_settings(config, checkpoint.run_dir).values())
+    where = f"{checkpoint.run_dir}: resumes after {checkpoint.n_samples:,} samples"
+    return f"{where}, with {changes}" if changes else where
+
+
+def _saved_config(run_dir: Path, config_class: type[TrainingConfig]) -> TrainingConfig:
+    path = run_dir / CONFIG_FILE
+    try:
+        return validate_config(config_class, read_yaml(path), str(path))
+    except UserError as error:
+        raise UserError(
+            f"resume: '{run_dir}' is not a run of this script, or its config is damaged;"
+            f" give another run\n{error}"
+        ) from None
+
+
+def _differences(before: TrainingConfig, now: TrainingConfig) -> dict[str, str]:
+    """Return what differs by the name of a setting, except which run is resumed."""
+    a, b = (config.with_absolute_paths().model_dump(mode="json") for config in (before, now))
+    found = {line.partition(":")[0]: line for line in differing_settings("", a, b)}
+    return {name: line for name, line in found.items() if name != "resume"}
 
 
 @contextmanager
@@ -181,7 +263,10 @@ def resume_line(run_dir: Path) -> str:
     """Return the command that resumes a run, as the script was called."""
     program = sys.argv[:1] if sys.argv[0].endswith(".py") else sys.argv[:2]
     interpreter = [sys.executable] if sys.argv[0].endswith(".py") else []
-    command = [*interpreter, *program, str(run_dir / CONFIG_FILE), "--resume", str(run_dir)]
+    trust = []
+    with suppress(UserError):  # the disk may be gone
+        trust = [f"--{TRUST}", "true"] if read_yaml(run_dir / CONFIG_FILE).get(TRUST) else []
+    command = [*interpreter, *program, "--resume", str(run_dir), *trust]
     return f"resume with: {shlex.join(command)}"
 
 

@@ -19,7 +19,7 @@ import sparsify
 from sparsify.runs.config import SAERunConfig
 from sparsify.runs.run_folder import CONFIG_FILE
 from sparsify.settings.base_config import AnyConfig, UserError, nearest, read_yaml, validate_config
-from sparsify.settings.command_line import load_config
+from sparsify.settings.command_line import Origin, Settings, load_config, merged, named_file
 from sparsify.settings.dotenv_file import read_dotenv
 from sparsify.settings.secrets import redact_secrets
 from sparsify.settings.terminal import MessageFormatter, forgiving_streams, tell
@@ -56,6 +56,7 @@ def run_script(
     argv: Sequence[str] | None = None,
     *,
     preflight: Callable[[AnyConfig], bool] | None = None,
+    origin: Origin = named_file,
 ) -> int:
     """Run `main`, or with `--dry-run` `preflight`, with the config that the command line gives.
 
@@ -66,6 +67,7 @@ def run_script(
         argv: Arguments without the program's name. None: those of the process.
         preflight: Checks all that `main` needs without doing its work, prints what it found, and
             returns whether all is well. None: there is no `--dry-run`.
+        origin: Says where the settings are that the options change; see `load_config`.
 
     Returns:
         Exit code: 0 done, 2 bad input, with its message on stderr (what a dry run finds is on
@@ -81,6 +83,7 @@ def run_script(
             description,
             flags if preflight else {},
             {"resume": NEWEST_RUN},
+            origin,
         )
         if preflight is not None and DRY_RUN in arguments:
             return 0 if preflight(config) else EXIT_BAD_INPUT
@@ -117,7 +120,15 @@ def train_script(
 
         return preflight(load_run_class()(config, is_trial=True))
 
-    return run_script(config_class, train, description, argv, preflight=try_out)
+    def origin(path: Path | None, options: Settings) -> tuple[Settings, Path]:
+        content = {} if path is None else read_yaml(path)
+        if merged(content, options).get("resume") is None:
+            return named_file(path, options)
+        from sparsify.runs.resume import settings_to_resume_with
+
+        return settings_to_resume_with(config_class, path, content, options)
+
+    return run_script(config_class, train, description, argv, preflight=try_out, origin=origin)
 
 
 def exit_code_of(work: Callable[[], int]) -> int:

@@ -29,6 +29,22 @@ from sparsify.settings.kinds_help import explain_kinds
 from sparsify.settings.paths import user_path
 from sparsify.settings.secrets import redact_secrets
 
+Settings = dict[str, Any]
+"""What YAML or the command line says, in plain data."""
+Origin = Callable[[Path | None, Settings], tuple[Settings, Path]]
+"""Returns settings and the file that they are in, for the named file, if any, and the options."""
+
+
+def named_file(path: Path | None, _: Settings) -> tuple[Settings, Path]:
+    """Return the settings of the file that is named on the command line.
+
+    Raises:
+        UserError: There is none, or it cannot be read.
+    """
+    if path is None:
+        raise UserError("the following arguments are required: CONFIG.yaml; see --help")
+    return read_yaml(path), path
+
 
 def load_config(
     config_class: type[AnyConfig],
@@ -36,6 +52,7 @@ def load_config(
     description: str,
     flags: Mapping[str, str] = MappingProxyType({}),
     alone: Mapping[str, str] = MappingProxyType({}),
+    origin: Origin = named_file,
 ) -> AnyConfig:
     """Return the config of a script from its command line.
 
@@ -46,6 +63,7 @@ def load_config(
         flags: Further options that `argv` may hold, which take no value, and what `--help` says of
             them. They are not a part of the config: what they do is up to the caller.
         alone: By field, the value of its option where that stands alone.
+        origin: Says where the settings are that the options change. By default, in the file.
 
     Raises:
         UserError: The file or an override is not valid.
@@ -59,6 +77,7 @@ def load_config(
     parser.add_argument(
         "config",
         metavar="CONFIG.yaml",
+        nargs="?",
         type=user_path,
         help="settings of the run; it comes before the options",
     )
@@ -69,11 +88,15 @@ def load_config(
         parser.add_argument(flag, action="store_true", help=text)
     overrides = _add_field_options(parser, config_class, alone)
     namespace, unknown = parser.parse_known_args(list(argv))
+    # What may be missing is taken as missing where an option comes first.
+    if namespace.config is None and unknown and not unknown[0].startswith("-"):
+        namespace.config = user_path(unknown.pop(0))
     if unknown:
         options = [option for option in parser.option_names() if option.startswith("--")]
         raise UserError(f"unknown option {nearest(unknown[0].split('=')[0], options)}")
-    content = _merge(read_yaml(namespace.config), overrides(namespace))
-    config = validate_config(config_class, content, str(namespace.config))
+    given = overrides(namespace)
+    content, source = origin(namespace.config, given)
+    config = validate_config(config_class, merged(content, given), str(source))
     if secret := ", ".join(_settings_with_secrets(config.model_dump(mode="json"))):
         raise UserError(
             f"{secret}: holds an access token, which would be saved with the run; remove it, and "
@@ -123,11 +146,11 @@ def _add_field_options(
         SettingsError,
     )
 
-    class Settings(BaseSettings):
+    class Options(BaseSettings):
         model_config = SettingsConfigDict(extra="forbid", cli_parse_none_str="null")
 
     # Of two bases, create_model declares the first, and pydantic-settings wants the second.
-    settings_class: Any = create_model("Settings", __base__=(config_class, Settings))
+    settings_class: Any = create_model("Settings", __base__=(config_class, Options))
     source = CliSettingsSource(
         settings_class,
         root_parser=parser,
@@ -174,11 +197,12 @@ def _with_null_lists(overrides: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _merge(base: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
+def merged(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings in plain data, with some of them, also those inside others, replaced."""
+    found = dict(base)
     for key, value in overrides.items():
-        old = merged.get(key)
-        merged[key] = (
-            _merge(old, value) if isinstance(value, Mapping) and isinstance(old, dict) else value
+        old = found.get(key)
+        found[key] = (
+            merged(old, value) if isinstance(value, Mapping) and isinstance(old, dict) else value
         )
-    return merged
+    return found

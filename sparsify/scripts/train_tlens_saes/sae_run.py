@@ -41,7 +41,6 @@ class SAERun(TrainingRun[Tensor]):
 
     kept_settings = (
         "tlens_model_name",
-        "tlens_model_path",
         "tlens_model_processing",
         "saes",
         "loss",
