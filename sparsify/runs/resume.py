@@ -94,12 +94,13 @@ def settings_to_resume_with(
     if not os.path.isdir(own.parent):
         raise UserError(f"resume: there is no folder '{resume}'; give the folder of a run")
     _saved_config(own.parent, config_class)
-    settings = read_yaml(own) | {"resume": str(resume)}
+    settings = read_yaml(own)
     if TRUST in settings:
         settings[TRUST] = content.get(TRUST, False)
+    settings = merged(settings, options) | {"resume": str(resume)}
     if path is not None:
         named = validate_config(config_class, merged(content, options), str(path))
-        used = validate_config(config_class, merged(settings, options), str(own))
+        used = validate_config(config_class, settings, str(own))
         differences = _differences(named, used)
         differences.pop("save_dir", None)
         if differences:

@@ -67,7 +67,7 @@ def run_script(
         argv: Arguments without the program's name. None: those of the process.
         preflight: Checks all that `main` needs without doing its work, prints what it found, and
             returns whether all is well. None: there is no `--dry-run`.
-        origin: Says where the settings are that the options change; see `load_config`.
+        origin: Finds the settings that the options change; see `load_config`.
 
     Returns:
         Exit code: 0 done, 2 bad input, with its message on stderr (what a dry run finds is on

@@ -32,18 +32,18 @@ from sparsify.settings.secrets import redact_secrets
 Settings = dict[str, Any]
 """What YAML or the command line says, in plain data."""
 Origin = Callable[[Path | None, Settings], tuple[Settings, Path]]
-"""Returns settings and the file that they are in, for the named file, if any, and the options."""
+"""Returns all settings, and the file of most, for the file that is named, if any, and options."""
 
 
-def named_file(path: Path | None, _: Settings) -> tuple[Settings, Path]:
-    """Return the settings of the file that is named on the command line.
+def named_file(path: Path | None, options: Settings) -> tuple[Settings, Path]:
+    """Return the settings of the file that is named on the command line, and of the options.
 
     Raises:
         UserError: There is none, or it cannot be read.
     """
     if path is None:
         raise UserError("the following arguments are required: CONFIG.yaml; see --help")
-    return read_yaml(path), path
+    return merged(read_yaml(path), options), path
 
 
 def load_config(
@@ -63,7 +63,7 @@ def load_config(
         flags: Further options that `argv` may hold, which take no value, and what `--help` says of
             them. They are not a part of the config: what they do is up to the caller.
         alone: By field, the value of its option where that stands alone.
-        origin: Says where the settings are that the options change. By default, in the file.
+        origin: Finds the settings that the options change: by default, in the file.
 
     Raises:
         UserError: The file or an override is not valid.
@@ -94,9 +94,8 @@ def load_config(
     if unknown:
         options = [option for option in parser.option_names() if option.startswith("--")]
         raise UserError(f"unknown option {nearest(unknown[0].split('=')[0], options)}")
-    given = overrides(namespace)
-    content, source = origin(namespace.config, given)
-    config = validate_config(config_class, merged(content, given), str(source))
+    content, source = origin(namespace.config, overrides(namespace))
+    config = validate_config(config_class, content, str(source))
     if secret := ", ".join(_settings_with_secrets(config.model_dump(mode="json"))):
         raise UserError(
             f"{secret}: holds an access token, which would be saved with the run; remove it, and "
