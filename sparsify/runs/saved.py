@@ -143,8 +143,15 @@ def model_identity(config: SAETransformerConfig) -> dict[str, str]:
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise UserError(
+            f"tlens_model_path: '{path}' cannot be read ({error.strerror}; looked at "
+            f"{path.absolute()}); if the model's folder was moved, give its new place as "
+            f"tlens_model_path, to resume as --tlens_model_path"
+        ) from None
 
 
 def _check_shapes(

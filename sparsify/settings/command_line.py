@@ -90,7 +90,7 @@ def load_config(
     namespace, unknown = parser.parse_known_args(list(argv))
     # What may be missing is taken as missing where an option comes first.
     if namespace.config is None and unknown and not unknown[0].startswith("-"):
-        namespace.config = user_path(unknown.pop(0))
+        namespace.config = Path(unknown.pop(0))
     if unknown:
         options = [option for option in parser.option_names() if option.startswith("--")]
         raise UserError(f"unknown option {nearest(unknown[0].split('=')[0], options)}")

@@ -2,12 +2,17 @@
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from sparsify.runs.resume import resume_line
+from sparsify.runs.config import SAETransformerConfig
+from sparsify.runs.resume import resume_line, settings_to_resume_with
+from sparsify.runs.run_folder import write_config
+from sparsify.runs.saved import model_identity
 from sparsify.scripts.cli import EXIT_BAD_INPUT, train_script
-from sparsify.settings.base_config import read_yaml
+from sparsify.scripts.train_tlens_saes.config import Config
+from sparsify.settings.base_config import UserError, read_yaml, validate_config
 from sparsify.training.config import TrainingConfig
 
 from .test_lifecycle import LineRun
@@ -162,3 +167,117 @@ def test_home_is_the_home_folder(recipe: Path, tmp_path: Path, monkeypatch: pyte
     assert script("--resume", f"~/runs/{run_dir.name}") == 0
     assert script("--resume", "--save_dir", "~/runs") == 0
     assert not Path("~").exists()
+
+
+@pytest.mark.parametrize(
+    ("beside", "options", "is_trusted"),
+    [
+        (None, {}, False),
+        (None, {"trust_remote_code": True}, True),
+        ({}, {}, False),
+        ({"trust_remote_code": True}, {}, True),
+        ({"trust_remote_code": True}, {"trust_remote_code": False}, False),
+    ],
+)
+def test_the_folder_of_a_run_does_not_say_that_its_code_is_trusted(
+    beside: dict[str, Any] | None, options: dict[str, Any], is_trusted: bool, tmp_path: Path
+):
+    data = {"dataset_name": "python-stdlib", "n_ctx": 16}
+    content = {
+        **{"tlens_model_name": "x", "n_samples": 8, "batch_size": 4, "lr": 0.1},
+        "loss": {"sparsity": {"coeff": 1.0}, "logits_kl": {"coeff": 1.0}},
+        "saes": {"sae_positions": ["blocks.1.hook_resid_pre"], "dict_size_to_input_ratio": 2.0},
+        "train_data": data,
+    }
+    write_config(tmp_path, Config.model_validate({**content, "trust_remote_code": True}))
+    path = None if beside is None else tmp_path / "recipe.yaml"
+    named = {} if beside is None else {**content, **beside}
+    given = {"resume": str(tmp_path), **options}
+    settings, source = settings_to_resume_with(Config, path, named, given)
+    assert source == tmp_path / "final_config.yaml"
+    assert settings["trust_remote_code"] is is_trusted
+    assert settings["resume"] == str(tmp_path)
+    assert resume_line(tmp_path).endswith(f"--resume {tmp_path} --trust_remote_code true")
+
+
+def test_paths_are_recorded_so_that_they_lead_there_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("text").mkdir()
+    data = {"dataset_name": "text", "n_ctx": 16, "tokenizer_name": "./text"}
+    config = Config.model_validate(
+        {
+            **{"tlens_model_path": "m", "n_samples": 8, "batch_size": 4, "lr": 0.1},
+            "loss": {"sparsity": {"coeff": 1.0}},
+            "saes": {
+                "sae_positions": ["blocks.1.hook_resid_pre"],
+                "dict_size_to_input_ratio": 2.0,
+                "pretrained_sae_paths": ["a", "/b"],
+            },
+            "train_data": data,
+            "eval_data": {"dataset_name": "org/name", "n_ctx": 16, "tokenizer_name": "text"},
+        }
+    )
+    write_config(tmp_path, config)
+    kept: Any = read_yaml(tmp_path / "final_config.yaml")
+    assert kept["tlens_model_path"] == str(tmp_path / "m")
+    assert kept["save_dir"] == str(tmp_path / "out")
+    assert kept["saes"]["pretrained_sae_paths"] == [str(tmp_path / "a"), "/b"]
+    assert kept["train_data"]["dataset_name"] == str(tmp_path / "text")
+    assert kept["train_data"]["tokenizer_name"] == str(tmp_path / "text")
+    assert kept["eval_data"]["dataset_name"] == "org/name"
+    assert kept["eval_data"]["tokenizer_name"] == "text"
+
+
+def test_a_model_that_is_not_there_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    config = SAETransformerConfig.model_validate(
+        {
+            "tlens_model_path": "gone/model",
+            "saes": {"sae_positions": ["x"], "dict_size_to_input_ratio": 2.0},
+        }
+    )
+    with pytest.raises(UserError) as error:
+        model_identity(config)
+    assert str(error.value) == (
+        "tlens_model_path: 'gone/model/model.safetensors' cannot be read (No such file or directory"
+        f"; looked at {tmp_path}/gone/model/model.safetensors); if the model's folder was moved, "
+        "give its new place as tlens_model_path, to resume as --tlens_model_path"
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tlens_model_path": "~/m"},
+        {"save_dir": "~/m"},
+        {"resume": "~/m"},
+        {"saes.pretrained_sae_paths": ["~/m"]},
+        {"train_data.dataset_name": "~/m"},
+        {"train_data.tokenizer_name": "~/m"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_home_and_homes_that_are_not_there(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data = {"dataset_name": "python-stdlib", "n_ctx": 16}
+    saes = {"sae_positions": ["x"], "dict_size_to_input_ratio": 2.0}
+    content: dict[str, Any] = {
+        **{"tlens_model_path": "m", "n_samples": 8, "batch_size": 4, "lr": 0.1},
+        **{"loss": {"sparsity": {"coeff": 1.0}}, "saes": saes, "train_data": data},
+    }
+    ((name, value),) = changes.items()
+    place, _, last = name.rpartition(".")
+    (content[place] if place else content)[last] = value
+    found: Any = Config.model_validate(content)
+    for part in name.split("."):
+        found = getattr(found, part)
+    (path,) = found if isinstance(found, list) else [found]
+    assert str(path) == f"{tmp_path}/m"
+    nobody = ["~nobody-here/m"] if isinstance(value, list) else "~nobody-here/m"
+    (content[place] if place else content)[last] = nobody
+    with pytest.raises(UserError, match="there is no home folder '~nobody-here'; write the path"):
+        validate_config(Config, content, "here")
