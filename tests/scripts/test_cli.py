@@ -218,3 +218,31 @@ def test_keys_are_read_from_dotenv_and_the_environment_wins(
 
     assert run_script(Settings, main, "Does a thing.", [str(path)]) == 0
     assert seen == ["file", "environment"]
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("option", "stdout", "code"),
+    [
+        ("--print-config", "/dev/full", cli.EXIT_LOST),
+        ("--help", "/dev/full", cli.EXIT_LOST),
+        ("--print-config", os.devnull, 0),
+    ],
+)
+def test_a_process_whose_stdout_is_lost_ends_without_a_traceback(
+    option: str, stdout: str, code: int, tmp_path: Path
+):
+    module = importlib.import_module(cli.COMMANDS["train-saes"])
+    recipe = Path(str(module.__file__)).with_name("tiny_python_quick.yaml")
+    with Path(stdout).open("w") as file:
+        result = subprocess.run(
+            [sys.executable, str(module.__file__), str(recipe), option],
+            stdout=file,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        )
+    warning = "warning: stdout cannot be written (No space left on device); it is left out\n"
+    assert (result.returncode, result.stderr) == (code, warning if code else "")

@@ -139,6 +139,27 @@ def test_another_model_is_not_gone_on_with(
     assert "use the model that they belong to" in capsys.readouterr().err
 
 
+def test_a_model_that_was_moved_is_named_again(
+    content: dict[str, Any],
+    config: Path,
+    whole: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    model = tmp_path / "model"
+    shutil.copytree(content["tlens_model_path"], model)
+    write_yaml(
+        config, {**content, "save_dir": str(tmp_path / "out"), "tlens_model_path": str(model)}
+    )
+    run_dir = stop_in_batch(3, config)
+    moved = model.rename(tmp_path / "moved")
+    assert main(["--resume", str(run_dir)]) == 2
+    assert f"'{model / 'model.safetensors'}' cannot be read (No such" in capsys.readouterr().err
+    assert main(["--resume", str(run_dir), "--tlens_model_path", str(moved)]) == 0
+    assert f'tlens_model_path: "{moved}" instead of "{model}"' in capsys.readouterr().err
+    assert_same_end(run_dir, whole)
+
+
 def test_resume_alone_means_the_newest_run(config: Path, whole: Path):
     run_dir = stop_in_batch(3, config)
     assert main([str(config), "--resume"]) == 0
