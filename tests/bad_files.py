@@ -192,7 +192,10 @@ SETTINGS: dict[str, tuple[Mapping[str, Any], str]] = {
     ),
     # Data
     "data are nowhere": (_text("./nothing"), "dataset_name: there is no file or folder './nothing"),
-    "home of nobody": (_text("~nobody-here/x"), "there is no file or folder '~nobody-here/x' (loo"),
+    "home of nobody": (
+        _text("~nobody-here/x"),
+        "'~nobody-here/x': there is no home folder '~nobody-",
+    ),
     "data without a name": (
         _text(""),
         "train_data.dataset_name: String should have at least 1 cha",

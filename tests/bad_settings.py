@@ -176,7 +176,7 @@ ARGUMENTS: dict[str, tuple[tuple[str, ...], str]] = {
     "resume a file": (("--resume", "FILES/file"), "resume: there is no folder 'FILES/file'; give"),
     "resume an empty folder": (
         ("--resume", "FILES/empty"),
-        "resume: 'FILES/empty' holds no whole checkpoint to resume from; start a new run",
+        "resume: 'FILES/empty' is not a run of this script, or its config is damaged; give anothe",
     ),
     "resume the newest of none": (("--resume",), "has a checkpoint to resume from; start one with"),
     "resume what is too long": (("--resume", "r" * 300), "rrr'; give the folder of a run"),

@@ -56,7 +56,8 @@ def half_run(lm_config: dict[str, Any], tmp_path: Path) -> Path:
 def resume(run_dir: Path, *overrides: str) -> int:
     config = run_dir.parent.parent / "config.yaml"
     save_dir = ["--save_dir", str(run_dir.parent)]
-    return main([str(config), *save_dir, "--resume", str(run_dir), *overrides])
+    longer = ["--n_samples", "24"]  # which the config says too, but a run keeps its own
+    return main([str(config), *save_dir, *longer, "--resume", str(run_dir), *overrides])
 
 
 def assert_same_end(run_dir: Path, whole_run: Path) -> None:
