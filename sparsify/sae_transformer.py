@@ -124,8 +124,8 @@ class SAETransformer(nn.Module, TLensNames):
         """Run the model with SAEs in place of activations.
 
         Args:
-            tokens: Token ids, or one text or several, of which the shorter are padded at their end.
-                May be None if `orig_acts` is given.
+            tokens: Token ids, as a tensor of any integer type or as lists; or one text or several,
+                of which the shorter are padded at their end. May be None if `orig_acts` is given.
             sae_positions: Positions whose SAE takes part. "all" or None: each. Empty: none.
             cache_positions: Hook points to keep in addition. None: no others.
             orig_acts: Raw activations by position. The model is then not run at all: each SAE reads
@@ -198,7 +198,9 @@ class SAETransformer(nn.Module, TLensNames):
         """Continue texts or tokens, as TransformerLens's `generate` does.
 
         Args:
-            input: Prompt, or several. Texts may differ in length.
+            input: Prompt, or several. Texts may differ in length, and so may tokens that are padded
+                as by `to_tokens`: each prompt is continued as it would be alone. Tokens come back
+                padded at their start.
             sae_positions: As in `forward`. Empty: the model without SAEs.
             interventions: As in `forward`. Their tokens are counted from the start of the prompt,
                 its BOS token included, and on through what is generated.

@@ -7,6 +7,7 @@ from example_saes import FailingSAE, IdentitySAE
 from torch import Tensor
 
 from sparsify import SAETransformer
+from sparsify.evaluation.attribution import attribute_logit
 from sparsify.evaluation.evaluate import evaluate
 from sparsify.losses.loss import LossConfig
 from sparsify.losses.total import total_loss
@@ -186,6 +187,10 @@ def test_all_saes_take_part_unless_some_are_named(tlens_model: Any, tokens: Tens
     for every in ("all", None, ALL):
         assert torch.equal(model(tokens, sae_positions=every)[0], spliced)
         assert torch.equal(new_tokens(model, tokens, sae_positions=every), generated)
+        assert torch.equal(model.run_with_cache(tokens, sae_positions=every)[0], spliced)
+        attributed = attribute_logit(model, tokens[:1], 3, sae_positions=every)
+        assert attributed.logit == pytest.approx(spliced[0, -1, 3].item(), rel=1e-5)
+        assert set(attributed.values) == set(ALL)
     assert not torch.equal(new_tokens(model, tokens, sae_positions=[]), generated)
 
 

@@ -32,6 +32,7 @@ from sparsify.saes.base import SAE, eval_mode
 from sparsify.settings.base_config import UserError
 from sparsify.splicing.edits import check_tokens
 from sparsify.tlens.hooked_model import HookedModel, Prefix
+from sparsify.tlens.text import TokensOrText, as_tokens
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Attributions:
 
 def attribute_logit(
     model: SAETransformer,
-    tokens: Int[Tensor, "batch pos"] | str,
+    tokens: TokensOrText,
     vocab_id: int | str,
     *,
     minus: int | str | None = None,
@@ -93,7 +94,7 @@ def attribute_logit(
 
     Args:
         model: Model and SAEs. Neither its gradients nor anything else of it is changed.
-        tokens: One sequence: a batch of one, or a text, whose tokens are those of `to_tokens`.
+        tokens: One sequence: token ids, or a text, whose tokens are those of `to_tokens`.
         vocab_id: Token whose logit is attributed: its id, or its text if that is one token.
         minus: Token whose logit is subtracted, in the same way. None: none is.
         token: After which token of the sequence the logit is that of the next one, counted from 0,
@@ -110,10 +111,12 @@ def attribute_logit(
     hooked = model.hooked_model
     hooked.check_unembedding()
     if isinstance(tokens, str):
-        tokens = text_tokens(model, tokens, "tokens")
+        ids = text_tokens(model, tokens, "tokens")
+    else:
+        ids = as_tokens(model.tlens_model, tokens)
     vocab_id = token_id(model, vocab_id, "vocab_id")
     minus = None if minus is None else token_id(model, minus, "minus")
-    _check(tokens, token, [vocab_id, *([] if minus is None else [minus])], positions, hooked)
+    _check(ids, token, [vocab_id, *([] if minus is None else [minus])], positions, hooked)
     seen: dict[str, SAEActs] = {}
     shifts: dict[str, Tensor] = {}
 
@@ -126,7 +129,7 @@ def attribute_logit(
     hooks = model.splice_hooks(positions, lambda position, acts: None, edit=shift)
     with eval_mode(model), torch.inference_mode(False), torch.enable_grad():
         # A clone, as tokens may come from inference mode.
-        prefix = Prefix(tokens.to(model.device).clone())
+        prefix = Prefix(ids.clone())
         resid = hooked.run(prefix, hooks, hooked.n_blocks)
         logits = hooked.unembed(resid[0, token])
         logit = logits[vocab_id] - (0.0 if minus is None else logits[minus])
@@ -150,16 +153,15 @@ def code_attributions(
 
 
 def _check(
-    tokens: object, token: int, vocab_ids: list[int], positions: list[str], model: HookedModel
+    tokens: Int[Tensor, "batch pos"],
+    token: int,
+    vocab_ids: list[int],
+    positions: list[str],
+    model: HookedModel,
 ) -> None:
     if not positions:
         raise UserError("sae_positions: names no SAE to attribute to; give at least one")
-    if not isinstance(tokens, Tensor):
-        raise UserError(
-            f"tokens: a {type(tokens).__name__} is not a sequence; give a text, or a tensor of "
-            "token ids of shape (1, position)"
-        )
-    if tokens.ndim != 2 or len(tokens) != 1:
+    if len(tokens) != 1:
         raise UserError(
             f"tokens: have shape {tuple(tokens.shape)}; give one sequence, (1, position)"
         )

@@ -33,7 +33,7 @@ from sparsify.settings.base_config import UserError
 from sparsify.tlens.fused_attention import FusedAttention
 from sparsify.tlens.fused_blocks import FusedBlocks, fused_norm
 from sparsify.tlens.hook_names import BLOCK_END, BLOCK_START
-from sparsify.tlens.text import TokensOrText, as_tokens, check_not_padded
+from sparsify.tlens.text import TokensOrText, as_tokens, flush_right, is_texts, padding_options
 
 Hook = Callable[[Tensor], Tensor | None]
 """Takes the activation at a hook point. What it returns, if anything, replaces the activation."""
@@ -133,12 +133,17 @@ class HookedModel:
     ) -> str | list[str] | Int[Tensor, "batch new_pos"]:
         """The model's own `generate`, without its progress bar.
 
-        It pads the shorter of several texts at their start, and masks that.
+        It pads the shorter of several texts at their start, and masks that. So is done with the
+        padding of tokens, at whichever end it is; they come back padded at their start.
         """
         kwargs = {"verbose": False, "max_new_tokens": 10, **kwargs}
         prompt = as_tokens(self.model, input)
-        if isinstance(input, Tensor):
-            check_not_padded(self.model, prompt)
+        if isinstance(input, str) or is_texts(input):
+            input = input if isinstance(input, str) else list(input)
+            kwargs = {"padding_side": "left", **kwargs}
+        else:
+            input, n_pad = flush_right(self.model, prompt)
+            kwargs = {**padding_options(self.model, input, n_pad), **kwargs}
         # The last token is written, but not read.
         self.check_length(prompt.shape[-1] + kwargs["max_new_tokens"] - 1)
         if self.is_bridge:

@@ -1,10 +1,15 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from sparsify import SAETransformer, ablate, steer
+from sparsify.evaluation.attribution import attribute_logit
+from sparsify.evaluation.evaluate import evaluate
+from sparsify.evaluation.intervention_effect import intervention_effect
 from sparsify.settings.base_config import UserError
 from sparsify.tlens.loading import BUNDLED_MODELS, build_bridge, load_hooked_model
 from sparsify.tlens.native_model import load_native_model
@@ -75,12 +80,71 @@ def test_places_in_prompts_of_different_length_are_rejected(model: SAETransforme
     assert continued == alone
 
 
-def test_prompts_with_padding_are_rejected(model: SAETransformer):
-    padded = model.to_tokens(TEXTS)
-    with pytest.raises(UserError, match=r"sequence 1 ends with padding; .* as a list of texts"):
-        model.generate(padded, **GREEDY)
-    model.generate(padded[:1], **GREEDY)
-    model.generate(padded[:, :2], **GREEDY)
+def continued(model: SAETransformer, prompts: Any, **options: Any) -> Tensor:
+    """Tokens of prompts and what follows."""
+    found = model.generate(prompts, return_type="tokens", **options, **GREEDY)
+    assert isinstance(found, Tensor)
+    return found
+
+
+PROMPTS = [*TEXTS, "import os\n\nclass A", ""]  # the last is BOS alone
+CONTINUED = 3
+
+
+@pytest.fixture(params=["<|endoftext|>", "!"])  # as BOS, or another
+def pad_token(request: pytest.FixtureRequest, model: SAETransformer) -> Iterator[str]:
+    before = model.tokenizer.pad_token
+    model.tokenizer.pad_token = request.param
+    yield request.param
+    model.tokenizer.pad_token = before
+
+
+@pytest.mark.usefixtures("pad_token")
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+def test_padded_tokens_are_continued_as_each_prompt_alone(model: SAETransformer, padding_side: str):
+    change = steer(POSITION, [0, 1], 30.0)
+    padded = model.to_tokens(PROMPTS, padding_side=padding_side)
+    found = continued(model, padded, interventions=change)
+    pad = model.tokenizer.pad_token_id
+    assert found.shape == (4, padded.shape[1] + CONTINUED)
+    for prompt, row in zip(PROMPTS, found, strict=True):
+        tokens = model.to_tokens(prompt)
+        alone = continued(model, tokens, interventions=change)[0]
+        logits = model(alone[:-1], interventions=change)[0][0, -CONTINUED:]
+        assert alone[-CONTINUED:].tolist() == logits.argmax(dim=-1).tolist()
+        n_pad = len(row) - len(alone)
+        assert row[n_pad:].tolist() == alone.tolist()
+        assert row[:n_pad].tolist() == [pad] * n_pad
+    assert len({tuple(row[-CONTINUED:].tolist()) for row in found}) > 1
+    assert model.tokenizer.padding_side == "right"
+
+
+def test_a_prompt_may_end_with_the_padding_token(model: SAETransformer):
+    text = "x = 1\n<|endoftext|>"
+    tokens = model.to_tokens(text)
+    assert tokens[0, -1] == model.tokenizer.pad_token_id
+    found = continued(model, tokens)
+    expected = model(found[:, :-1])[0][0, -CONTINUED:].argmax(dim=-1)
+    assert found[0, -CONTINUED:].tolist() == expected.tolist()
+    assert torch.equal(continued(model, text), found)
+
+
+def test_padding_without_bos_is_seen_too(model: SAETransformer):
+    padded = model.to_tokens(["def main(", "import"], prepend_bos=False)
+    found = continued(model, padded)
+    for text, row in zip(["def main(", "import"], found, strict=True):
+        alone = continued(model, model.to_tokens(text, prepend_bos=False))[0]
+        assert row[-len(alone) :].tolist() == alone.tolist()
+    mixed = padded.clone()
+    mixed[0, 0] = model.tokenizer.bos_token_id
+    with pytest.raises(UserError, match="tokens: some of the prompts begin with BOS and some do n"):
+        model.generate(mixed, **GREEDY)
+
+
+def test_places_in_padded_prompts_are_rejected(model: SAETransformer):
+    change = ablate(POSITION, 0, tokens=1)
+    with pytest.raises(UserError, match="the prompts have 4, 2 tokens; give prompts of one length"):
+        model.generate(model.to_tokens(TEXTS), interventions=change, **GREEDY)
 
 
 def test_a_long_text_is_not_cut_but_rejected(model: SAETransformer):
@@ -135,6 +199,72 @@ def test_cache_is_that_of_the_pass_with_saes(model: SAETransformer, tiny_python:
     assert torch.equal(model(TEXTS[0])[0], model(TEXTS[0])[0])  # no hook is left behind
     with pytest.raises(UserError, match=r"names_filter: .* did you mean 'blocks\.1\.hook_resid"):
         model.run_with_cache(TEXTS[0], names_filter="blocks.1.hook_resid_pr")
+
+
+def tokens_readers(model: SAETransformer) -> list[Callable[[Any], Any]]:
+    """Everything that takes token ids, each a function from them to a result."""
+    return [
+        lambda tokens: model(tokens)[0],
+        lambda tokens: model.forward_raw(tokens)[0],
+        lambda tokens: model.run_with_cache(tokens)[0],
+        lambda tokens: model.generate(tokens, **GREEDY),
+        lambda tokens: attribute_logit(model, tokens, 3).logit,
+        lambda tokens: evaluate(model, [tokens]).metrics(),
+        lambda tokens: intervention_effect(model, [tokens], ablate(LATE, 0)).kl_raw,
+    ]
+
+
+LATE = "blocks.1.hook_resid_pre"
+IDS = [[1, 2, 60, 3, 5]]
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda ids: ids,
+        tuple,
+        *(
+            partial(torch.tensor, dtype=dtype)
+            for dtype in (torch.int8, torch.int16, torch.int32, torch.uint8, torch.uint16)
+        ),
+    ],
+    ids=["lists", "tuple of lists", "int8", "int16", "int32", "uint8", "uint16"],
+)
+def test_token_ids_are_taken_as_what_they_are(tiny_model: Any, convert: Callable[[Any], Any]):
+    model = SAETransformer(tiny_model, LATE, dict_size_to_input_ratio=2.0)
+    given, expected = convert(IDS), torch.tensor(IDS)
+    for read in tokens_readers(model):
+        torch.testing.assert_close(read(given), read(expected), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            torch.tensor([[1, -100, 3]]),
+            r"-100, at \(0, 1\), is not a token id; the model's are 0 to",
+        ),
+        (
+            torch.tensor([[1, 2, 64]]),
+            r"64, at \(0, 2\), is not a token id; the model's are 0 to 63",
+        ),
+        (torch.tensor([[1.0, 2.0]]), "have type torch.float32, but token ids are whole numbers"),
+        (torch.tensor([[True, False]]), "have type torch.bool, but token ids are whole numbers"),
+        (
+            [[1, 2], [3]],
+            "a list of this content holds no token ids; give text, or whole numbers of",
+        ),
+        ([], "whole numbers"),
+        (torch.zeros(1, 2, 3, dtype=torch.long), r"shape \(1, 2, 3\)"),
+        (torch.tensor(3), r"shape \(\)"),
+        ([[1] * 17], "a sequence of 1[79] does not fit into the model's context of 16"),
+    ],
+)
+def test_what_is_not_a_token_id_is_refused(tiny_model: Any, given: Any, message: str):
+    model = SAETransformer(tiny_model, LATE, dict_size_to_input_ratio=2.0)
+    for read in tokens_readers(model):
+        with pytest.raises(UserError, match=f"^(tokens|batches): .*{message}"):
+            read(given)
 
 
 def test_text_for_a_model_without_a_tokenizer_is_rejected(tlens_model: Any):
