@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from sparsify.kernels.unembedding import Unembedding
-from sparsify.losses.passes import NO_TARGET, Passes
+from sparsify.losses.kept import NO_TARGET
+from sparsify.losses.passes import Passes
 from sparsify.saes.acts import CacheActs, SAEActs
 
 FIRST, SECOND, LATER = "blocks.0.hook_mlp_out", "blocks.1.hook_resid_pre", "blocks.2.hook_resid_pre"

@@ -1,15 +1,21 @@
-"""Batches of an evaluation: token ids, or texts."""
+"""Batches of an evaluation, token ids or texts, and the tokens of them that count."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
-from jaxtyping import Int
+import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sparsify.sae_transformer import SAETransformer
 from sparsify.settings.base_config import UserError
+from sparsify.tlens.text import as_ids
 
-Batches = Iterable[Int[Tensor, "_ _"] | str] | str
+Batches = Iterable[Tensor | Sequence[Any] | str] | str
 """Token ids of shape `batch pos`, which may differ between batches. A text is a batch of one."""
+
+Kept = Callable[[Tensor], Tensor]
+"""A function from the tokens of a batch to a mask, true for those that count."""
 
 
 def read_batches(
@@ -18,12 +24,45 @@ def read_batches(
     """Tokens of each batch of `Batches`, on the device of the model.
 
     Raises:
-        ValueError: A batch is neither token ids nor a text, or a sequence has no next token to
+        UserError: A batch is neither token ids nor a text, or a sequence has no next token to
             predict, or more tokens than the model's context.
     """
     for batch in [batches] if isinstance(batches, str) else batches:
-        tokens = text_tokens(model, batch, "batches") if isinstance(batch, str) else batch
-        yield _checked(model, tokens).to(model.device)
+        if isinstance(batch, str):
+            tokens = text_tokens(model, batch, "batches")
+        else:
+            tokens = as_ids(model.tlens_model, batch, "batches")
+        yield _checked(model, tokens)
+
+
+def kept_tokens_of(
+    kept: Kept | None, tokens: Int[Tensor, "batch pos"]
+) -> Bool[Tensor, "batch pos"] | None:
+    """Mask of the tokens of a batch that count. None: all do.
+
+    Raises:
+        UserError: The function gives no boolean for each token.
+    """
+    if kept is None:
+        return None
+    mask = kept(tokens)
+    if mask.shape != tokens.shape or mask.dtype != torch.bool:
+        raise UserError(
+            f"kept: gives {mask.dtype} of shape {tuple(mask.shape)} for tokens of shape "
+            f"{tuple(tokens.shape)}; give a boolean for each token"
+        )
+    return mask.to(tokens.device)
+
+
+def check_predictions(n_read: int, n_predictions: int) -> None:
+    """Raise a `UserError` if of the tokens that were read none is to be predicted."""
+    if n_read == 0:
+        raise UserError("batches: hold no tokens; give at least one batch")
+    if n_predictions == 0:
+        raise UserError(
+            f"kept: leaves no prediction of the next token in {n_read} tokens; a prediction counts "
+            "if its token and the next one are kept, so keep two that follow each other"
+        )
 
 
 def text_tokens(model: SAETransformer, text: str, setting: str) -> Int[Tensor, "1 pos"]:
@@ -60,20 +99,15 @@ def _check_tokenizer(model: SAETransformer, setting: str) -> None:
         raise UserError(f"{setting}: is text, and the model has no tokenizer; give token ids")
 
 
-def _checked(model: SAETransformer, tokens: object) -> Tensor:
-    if not isinstance(tokens, Tensor):
-        raise ValueError(
-            f"batches: a {type(tokens).__name__} is not a batch; give a list of batches, each a "
-            "text, or a tensor of token ids of shape (batch, position)"
-        )
+def _checked(model: SAETransformer, tokens: Tensor) -> Tensor:
     if tokens.ndim != 2:
-        raise ValueError(
-            f"batches: a batch of shape {tuple(tokens.shape)}; give a list of batches, each of "
-            "shape (batch, position)"
+        raise UserError(
+            f"batches: a batch of shape {tuple(tokens.shape)}; give a list of batches, each a text "
+            "or token ids of shape (batch, position)"
         )
     model.hooked_model.check_length(tokens.shape[1])
     if tokens.shape[1] < 2:
-        raise ValueError(
+        raise UserError(
             f"batches: a sequence of {tokens.shape[1]} tokens has no next token to predict; "
             "give 2 tokens or more"
         )

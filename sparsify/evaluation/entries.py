@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparsify.evaluation.metrics import squared_distance, unexplained_per_token
-from sparsify.losses.passes import NO_TARGET
+from sparsify.losses.kept import NO_TARGET
 from sparsify.saes.firing import FiringCounter
 
 Pass = Literal["raw", "spliced", "zero_ablated", "mean_ablated"]
@@ -34,7 +34,7 @@ Targets = Int[Tensor, " token"]
 
 @dataclass(frozen=True)
 class PredictionMetric:
-    """Mean over predictions of the next token; a sequence's last token has none."""
+    """Mean over predictions of the next token that count; a sequence's last token has none."""
 
     name: str
     """In the logs."""

@@ -15,7 +15,7 @@ Logits exist for a chunk of tokens at a time, and codes until the SAE has writte
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsify.evaluation.batches import Batches, read_batches
+from sparsify.evaluation.batches import (
+    Batches,
+    Kept,
+    check_predictions,
+    kept_tokens_of,
+    read_batches,
+)
 from sparsify.evaluation.entries import (
     PredictionMetric,
     SAEMetric,
@@ -37,14 +43,11 @@ from sparsify.evaluation.forked_passes import ActSums, ForkedPasses, constant_ho
 from sparsify.evaluation.results import Evaluation, PositionEvaluation
 from sparsify.kernels.chunked import fast_chunk_size
 from sparsify.kernels.unembedding import Unembedding
-from sparsify.losses.passes import NO_TARGET
+from sparsify.losses.kept import NO_TARGET, targets_of
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.acts import SAEActs
 from sparsify.saes.base import eval_mode
 from sparsify.saes.firing import FiringCounter
-
-Kept = Callable[[Tensor], Tensor]
-"""A function from the tokens of a batch to a mask, true for those that count."""
 
 
 def evaluate(
@@ -56,9 +59,10 @@ def evaluate(
 ) -> Evaluation:
     """Measure how good the SAEs of `model` are on some tokens, with all of them spliced in.
 
-    Cross-entropy is that of predicting tokens 2 to n of each sequence. KL, top-1 agreement and what
-    is measured at the SAEs is over all positions, as in the original system: the first (BOS, often
-    an outlier) and the last, whose next token is unknown.
+    Cross-entropy is that of predicting tokens 2 to n of each sequence; a prediction counts if its
+    token and the next one are kept. KL, top-1 agreement and what is measured at the SAEs is over
+    all kept positions, as in the original system: also the first (BOS, often an outlier) and the
+    last, whose next token is unknown.
 
     The model is left as it was: no hook, its modules' training mode restored, no gradients.
 
@@ -72,9 +76,10 @@ def evaluate(
 
     Raises:
         UserError: The model's logits are not those of its final norm and unembedding, or there are
-            texts and it has no tokenizer.
-        ValueError: `batches` can be read only once, is empty or was not the same the second time,
-            or a sequence has no next token to predict, or more tokens than the model's context.
+            texts and it has no tokenizer; `batches` hold no token ids of the model, no sequence
+            with a next token to predict, or one longer than the model's context; `kept` leaves no
+            prediction.
+        ValueError: `batches` can be read only once, or was not the same the second time.
     """
     if isinstance(batches, Iterator):
         raise ValueError(
@@ -111,20 +116,21 @@ def _collect_means(
     kept: Kept | None,
     device: torch.device,
 ) -> tuple[_Means, int]:
-    """Return the means over all tokens, and the number of tokens."""
+    """Return the means over all tokens that count, and their number."""
     raw, target = ActSums(), ActSums()
-    n_tokens = 0
+    n_read = n_tokens = n_predictions = 0
     for tokens in batches:
-        counts = None if kept is None else kept(tokens)
+        counts = kept_tokens_of(kept, tokens)
+        n_read += tokens.numel()
         n_tokens += tokens.numel() if counts is None else int(counts.sum())
+        n_predictions += n_counted(targets_of(tokens, counts))
         with torch.no_grad():
             prefix = passes.shared_prefix(tokens)
             passes.suffix(prefix, raw.hooks(passes.positions, counts), passes.last_sae_stop)
             if len(passes.positions) > 1:  # a single SAE reads the raw activation
                 add = partial(_add_target, target, counts)
                 passes.suffix(prefix, passes.splice_hooks(add), passes.last_sae_stop)
-    if n_tokens == 0:
-        raise ValueError("batches: hold no tokens; give at least one batch")
+    check_predictions(n_read, n_predictions)
     raw_means = raw.means(n_tokens, device)
     return _Means(raw_means, target.means(n_tokens, device) or raw_means), n_tokens
 
@@ -163,7 +169,8 @@ class _Measurement:
     def add(self, tokens: Int[Tensor, "batch pos"]) -> None:
         """Measure a batch."""
         sums: dict[tuple[str, str, str], Tensor] = {}
-        kept = None if self.kept is None else self.kept(tokens)
+        kept = kept_tokens_of(self.kept, tokens)
+        targets = targets_of(tokens, kept)
 
         def observe(position: str, acts: SAEActs) -> None:
             acts = acts if kept is None else acts.only(kept)
@@ -184,7 +191,7 @@ class _Measurement:
             }
             of_logits = [*self.of_predictions.values(), *self.of_tokens.values()]
             unembed = self.passes.model.unembed
-            found = prediction_sums(of_logits, resids, tokens, unembed, self.chunk_size, kept)
+            found = prediction_sums(of_logits, resids, targets, unembed, self.chunk_size, kept)
             sums |= {(name, "", ""): value for name, value in found.items()}
             # One transfer from the device for all.
             values = torch.stack([value.float() for value in sums.values()]).tolist()
@@ -192,8 +199,7 @@ class _Measurement:
             self.sums[key] += value
         self.n_samples += len(tokens)
         self.n_tokens += tokens.numel() if kept is None else int(kept.sum())
-        has_next = tokens[:, 1:]
-        self.n_predictions += has_next.numel() if kept is None else int(kept[:, :-1].sum())
+        self.n_predictions += n_counted(targets)
 
     def result(self) -> Evaluation:
         """Numbers over all batches."""
@@ -231,10 +237,15 @@ class _Measurement:
         return {key[2]: value for key, value in self.sums.items() if key[:2] == (metric, position)}
 
 
+def n_counted(targets: Int[Tensor, "batch pos"]) -> int:
+    """Number of predictions that count."""
+    return int((targets != NO_TARGET).sum())
+
+
 def prediction_sums(
     metrics: Sequence[PredictionMetric | TokenMetric],
     resids: Mapping[str, Float[Tensor, "batch pos d_model"]],
-    tokens: Int[Tensor, "batch pos"],
+    targets: Int[Tensor, "batch pos"],
     unembed: Unembedding,
     chunk_size: int | None,
     kept: Bool[Tensor, "batch pos"] | None = None,
@@ -244,7 +255,7 @@ def prediction_sums(
     Args:
         metrics: Their `of` is a name in `resids`.
         resids: Final residual streams of each pass, `raw` among them.
-        tokens: What the passes read. The last of a sequence has no cross-entropy.
+        targets: From `targets_of`: the token after each, where the prediction counts.
         unembed: Final norm and unembedding.
         chunk_size: Tokens in a chunk. None takes as many as are fast.
         kept: Tokens that count. None: all.
@@ -252,13 +263,13 @@ def prediction_sums(
     Returns:
         The sum of each metric, by its name.
     """
-    targets = F.pad(tokens[:, 1:].long(), (0, 1), value=NO_TARGET).flatten()
+    targets = targets.flatten()
     rows = {name: resid.flatten(end_dim=-2) for name, resid in resids.items()}
     if kept is not None:
         targets = targets[kept.flatten()]
         rows = {name: resid[kept.flatten()] for name, resid in rows.items()}
     size = chunk_size or fast_chunk_size(unembed)
-    sums = defaultdict(lambda: torch.zeros((), device=tokens.device))
+    sums = defaultdict(lambda: torch.zeros((), device=targets.device))
     for start in range(0, len(targets), size):
         part = slice(start, start + size)
         log_raw = _log_probs(rows["raw"][part], unembed)

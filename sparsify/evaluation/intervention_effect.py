@@ -15,11 +15,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparsify.evaluation.batches import Batches, read_batches
+from sparsify.evaluation.batches import (
+    Batches,
+    Kept,
+    check_predictions,
+    kept_tokens_of,
+    read_batches,
+)
 from sparsify.evaluation.entries import PredictionMetric, TokenMetric
-from sparsify.evaluation.evaluate import Kept, prediction_sums
+from sparsify.evaluation.evaluate import n_counted, prediction_sums
 from sparsify.evaluation.forked_passes import ForkedPasses
 from sparsify.evaluation.metrics import cross_entropy, kl_divergence
+from sparsify.losses.kept import targets_of
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.base import eval_mode
 from sparsify.settings.base_config import UserError
@@ -36,16 +43,16 @@ _OF_PAIR = (
 class InterventionEffect:
     """Effect of interventions on some tokens, with all SAEs of a model spliced in.
 
-    Cross-entropies are nats per prediction of the next token, so without a sequence's last token;
-    divergences nats per token, over all tokens. That includes tokens before the first intervention,
-    on which nothing changes.
+    Cross-entropies are nats per prediction of the next token, so without a sequence's last token,
+    and without those of which a token is left out. Divergences are nats per token, over all tokens
+    that count. That includes tokens before the first intervention, on which nothing changes.
     """
 
     n_tokens: int
-    """Tokens that were read."""
+    """Tokens that count."""
 
     n_predictions: int
-    """Tokens that have a next one."""
+    """Tokens that have a next one which counts too."""
 
     ce_loss_raw: float
     """Cross-entropy of the model as it was."""
@@ -92,9 +99,9 @@ def intervention_effect(
 
     Raises:
         UserError: There are no interventions, or they do not fit the SAEs or a sequence, or there
-            are texts and the model has no tokenizer.
-        ValueError: `batches` is empty, or a sequence has no next token to predict, or more tokens
-            than the model's context.
+            are texts and the model has no tokenizer; `batches` hold no token ids of the model, no
+            sequence with a next token to predict, or one longer than the model's context; `kept`
+            leaves no prediction.
     """
     if not isinstance(interventions, Intervention) and not interventions:
         raise UserError("interventions: there are none; give at least one")
@@ -103,21 +110,24 @@ def intervention_effect(
     sums: dict[str, float] = defaultdict(float)
     with eval_mode(model), torch.no_grad():
         for tokens in read_batches(model, batches):
-            every = torch.ones_like(tokens, dtype=torch.bool)
-            counts = every if kept is None else kept(tokens)
+            sums["n_read"] += tokens.numel()
+            counts = kept_tokens_of(kept, tokens)
+            if counts is None:
+                counts = torch.ones_like(tokens, dtype=torch.bool)
             if not counts.any():
                 continue
+            targets = targets_of(tokens, counts)
             resids = _final_resids(model, passes, tokens, interventions, add_error)
             for name in ("raw", "spliced"):
                 pair = {"raw": resids[name], "spliced": resids["intervened"]}
                 of_pair = prediction_sums(
-                    _OF_PAIR, pair, tokens, passes.model.unembed, chunk_size, counts
+                    _OF_PAIR, pair, targets, passes.model.unembed, chunk_size, counts
                 )
                 sums[f"ce_{name}"] += of_pair["ce_raw"].item()
                 sums[f"kl_{name}"] += of_pair["kl"].item()
             sums["ce_intervened"] += of_pair["ce_spliced"].item()
             sums["n_tokens"] += int(counts.sum())
-            sums["n_predictions"] += int(counts[:, :-1].sum())
+            sums["n_predictions"] += n_counted(targets)
     return _effect(sums)
 
 
@@ -143,8 +153,7 @@ def _final_resids(
 
 def _effect(sums: Mapping[str, float]) -> InterventionEffect:
     n_tokens, n_predictions = int(sums["n_tokens"]), int(sums["n_predictions"])
-    if n_predictions == 0:
-        raise ValueError("batches: hold no token to be predicted; give at least one batch")
+    check_predictions(int(sums["n_read"]), n_predictions)
     return InterventionEffect(
         n_tokens=n_tokens,
         n_predictions=n_predictions,

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsify.losses.passes import NO_TARGET
+from sparsify.losses.kept import NO_TARGET
 
 
 def l2_ratio(

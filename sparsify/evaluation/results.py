@@ -99,18 +99,18 @@ class PositionEvaluation:
 class Evaluation:
     """Numbers that say how good the SAEs of a model are, on some tokens.
 
-    Cross-entropies (`ce_*`) are nats per prediction of the next token, so without a sequence's last
-    token. Everything else is a mean over all tokens.
+    Cross-entropies (`ce_*`) are nats per prediction of the next token that counts, so without a
+    sequence's last token. Everything else is a mean over all tokens that count.
     """
 
     n_samples: int
     """Sequences."""
 
     n_tokens: int
-    """Tokens in them."""
+    """Tokens in them that count."""
 
     n_predictions: int
-    """Tokens that have a next one."""
+    """Tokens that have a next one which counts too."""
 
     ce_loss: Annotated[float, PredictionMetric("performance/eval/ce_loss", formulas.cross_entropy)]
     """Cross-entropy with SAEs spliced in."""

@@ -19,8 +19,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsify.evaluation.batches import Batches, read_batches
-from sparsify.evaluation.evaluate import Kept, evaluate
+from sparsify.evaluation.batches import Batches, Kept, kept_tokens_of, read_batches
+from sparsify.evaluation.evaluate import evaluate
 from sparsify.evaluation.forked_passes import ForkedPasses
 from sparsify.evaluation.geometry import nearest_cosine
 from sparsify.evaluation.metrics import explained_variance, l2_ratio, squared_distance
@@ -54,7 +54,7 @@ def evaluate_suite(
         kept: Says which tokens count, a boolean for each. None: all.
 
     Raises:
-        ValueError: What `evaluate` raises.
+        UserError, ValueError: As by `evaluate`.
     """
     evaluation = evaluate(model, batches, kept=kept)
     with eval_mode(model), torch.no_grad():
@@ -139,7 +139,9 @@ class _ThirdReading:
 
     def add(self, tokens: Int[Tensor, "batch pos"]) -> None:
         """Measure a batch."""
-        kept = torch.ones_like(tokens, dtype=torch.bool) if self.kept is None else self.kept(tokens)
+        kept = kept_tokens_of(self.kept, tokens)
+        if kept is None:
+            kept = torch.ones_like(tokens, dtype=torch.bool)
         if not kept.any():
             return
         prefix = self.passes.shared_prefix(tokens)

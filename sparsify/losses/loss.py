@@ -7,7 +7,7 @@ The total is the sum of coefficient times value over terms and positions:
     out_to_orig.coeff      * sum over SAEs of   mse(output, orig)
     in_to_orig.total_coeff * mean over hook_positions of   mse(new, orig)
     logits_kl.coeff        * KL(orig || new), in nats per token
-    next_token_ce.coeff    * cross-entropy of new, in nats per token
+    next_token_ce.coeff    * cross-entropy of new, in nats per prediction that counts
     aux_k.coeff            * sum over SAEs of   error of dead elements
     pre_act.coeff          * sum over SAEs of   distance of dead elements from firing
 

@@ -7,11 +7,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparsify.kernels.unembedding import Unembedding
+from sparsify.losses.kept import NO_TARGET, counted_targets
 from sparsify.saes.acts import CacheActs, SAEActs
 from sparsify.saes.base import SAE
-
-NO_TARGET = -100
-"""Stands for the token after the last, as in torch's losses."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,8 @@ class Passes:
     """Final norm and unembedding. None if no term needs logits."""
 
     next_tokens: Int[Tensor, "*sample"] | None = None
-    """The token after each position, `NO_TARGET` for the last. None if no term needs logits."""
+    """The token after each position, `NO_TARGET` where the prediction does not count. None if no
+    term needs logits."""
 
     saes: Mapping[str, SAE] = field(default_factory=dict)
     """The SAEs by position, for terms that use their weights."""
@@ -58,8 +57,26 @@ class Passes:
         acts = self.new_acts[position]
         return acts.target if isinstance(acts, SAEActs) else acts.input
 
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that are kept."""
+        return next(iter(self.new_acts.values())).input.shape[:-1].numel()
+
+    @property
+    def n_predictions(self) -> int:
+        """Predictions of the next token that count. A GPU is waited for."""
+        return 0 if self.next_tokens is None else int((self.next_tokens != NO_TARGET).sum())
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether tokens were left out, so that predictions are no fixed share of what is kept."""
+        return self.next_tokens is not None and self.next_tokens.ndim == 1
+
     def only(self, kept: Bool[Tensor, "batch pos"]) -> "Passes":
         """The rows where `kept` is true, in one dimension."""
+        next_tokens = self.next_tokens
+        if next_tokens is not None:
+            next_tokens = counted_targets(next_tokens, kept)[kept]
 
         def pick(rows: Tensor | None) -> Tensor | None:
             return None if rows is None else rows[kept]
@@ -70,6 +87,6 @@ class Passes:
             new_acts={name: acts.only(kept) for name, acts in self.new_acts.items()},
             orig_resid=pick(self.orig_resid),
             new_resid=pick(self.new_resid),
-            next_tokens=pick(self.next_tokens),
+            next_tokens=next_tokens,
             others=tuple((weight, passes.only(kept)) for weight, passes in self.others),
         )

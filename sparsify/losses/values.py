@@ -13,7 +13,8 @@ from sparsify.kernels.chunked import chunked_cross_entropy, chunked_kl
 from sparsify.losses.code_terms import AuxKLoss, PreActLoss, SparsityLoss
 from sparsify.losses.dead import aux_k, pre_act
 from sparsify.losses.functions import active_share, concave_sparsity, mse, normalised_mse, sparsity
-from sparsify.losses.passes import NO_TARGET, Passes
+from sparsify.losses.kept import NO_TARGET
+from sparsify.losses.passes import Passes
 from sparsify.losses.terms import (
     InToOrigLoss,
     LogitsKLLoss,
@@ -94,15 +95,17 @@ def logits_kl_values(term: LogitsKLLoss, passes: Passes) -> Values:
 
 @term_values.register
 def next_token_ce_values(term: NextTokenCELoss, passes: Passes) -> Values:
-    """Cross-entropy of the spliced model, averaged over the tokens that have a next one."""
+    """Cross-entropy of the spliced model, averaged over the predictions that count; 0 if none."""
     assert passes.new_resid is not None
     assert passes.unembed is not None
     assert passes.next_tokens is not None
-    if passes.next_tokens.ndim == 2:  # whole sequences, of which only the last token has no next
+    if not passes.is_masked:  # of each sequence only the last token has no next
         resid, targets = passes.new_resid[:, :-1], passes.next_tokens[:, :-1]
     else:
-        has_next = passes.next_tokens != NO_TARGET
-        resid, targets = passes.new_resid[has_next], passes.next_tokens[has_next]
+        counts = passes.next_tokens != NO_TARGET
+        if not counts.any():
+            return {"": passes.new_resid.new_zeros(())}
+        resid, targets = passes.new_resid[counts], passes.next_tokens[counts]
     return {"": chunked_cross_entropy(resid, targets, passes.unembed)}
 
 

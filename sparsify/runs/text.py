@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sparsify.data.config import DataConfig
 from sparsify.data.loader import TokenLoader, build_loader, check_tokenizer
-from sparsify.evaluation.evaluate import Kept
+from sparsify.evaluation.batches import Kept
 from sparsify.losses.kept import kept_mask
 from sparsify.runs.config import SAERunConfig
 from sparsify.settings.base_config import UserError

@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.nn import functional as F
 
-from sparsify.losses.passes import NO_TARGET, Passes
+from sparsify.losses.kept import targets_of
+from sparsify.losses.passes import Passes
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.acts import SAEActs
 from sparsify.splicing.hooks import Acts, Read, cache_hooks, keep_hooks, splice_hooks
@@ -45,7 +45,7 @@ def forward_passes(
             passes,
             orig_resid=orig_resid if plan.needs_raw_logits else None,
             unembed=hooked.unembed,
-            next_tokens=F.pad(tokens[:, 1:].long(), (0, 1), value=NO_TARGET),
+            next_tokens=targets_of(tokens),
         )
     passes = _with_spliced_pass(passes, model, prefix, plan, model.saes.read)
     return _with_other_pass(passes, model, prefix, plan)

@@ -21,7 +21,7 @@ from sparsify.evaluation.entries import (
 )
 from sparsify.evaluation.evaluate import evaluate
 from sparsify.evaluation.results import Evaluation, PositionEvaluation
-from sparsify.losses.passes import NO_TARGET
+from sparsify.losses.kept import NO_TARGET
 from sparsify.saes.firing import FiringCounter
 
 # Metrics added as CONTRIBUTING.md says: a formula, and a field with an entry

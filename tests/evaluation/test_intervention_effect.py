@@ -97,7 +97,8 @@ def test_tokens_that_do_not_count_are_left_out(model: SAETransformer, tokens: Te
     change = steer(FIRST, 0, 9.0, tokens=5)
     early = torch.arange(7) < 5
     effect = intervention_effect(model, [tokens], change, kept=lambda some: early.expand_as(some))
-    assert (effect.n_tokens, effect.n_predictions) == (25, 25)  # 5 * 5: each has a next token
+    # 5 * 5, and 5 * 4: what follows the last does not count.
+    assert (effect.n_tokens, effect.n_predictions) == (25, 20)
     assert effect.kl == pytest.approx(0, abs=1e-6)
     late = intervention_effect(model, [tokens], change, kept=lambda some: (~early).expand_as(some))
     assert (late.n_tokens, late.n_predictions) == (10, 5)  # the last has no next token
@@ -121,7 +122,7 @@ def test_model_is_left_as_it_was(model: SAETransformer, tokens: Tensor):
         (ablate(FIRST, 0, 3), (2, 3), "there is no token 3 in a sequence of 3"),
         (ablate(FIRST, 0), (2, 17), "a sequence of 17 does not fit"),
         (ablate(FIRST, 0), (2, 1), "a sequence of 1 tokens has no next token"),
-        (ablate(FIRST, 0), (0, 3), "batches: hold no token to be predicted"),
+        (ablate(FIRST, 0), (0, 3), "batches: hold no tokens; give at least one"),
     ],
 )
 def test_impossible_request_is_rejected(

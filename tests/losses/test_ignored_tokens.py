@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsify import ablate
 from sparsify.evaluation.evaluate import evaluate
+from sparsify.evaluation.intervention_effect import intervention_effect
 from sparsify.losses.ignored_tokens import IgnoredTokens
-from sparsify.losses.kept import kept_mask
+from sparsify.losses.kept import kept_mask, targets_of
 from sparsify.losses.loss import LossConfig
 from sparsify.losses.passes import Passes
 from sparsify.losses.total import total_loss
@@ -108,7 +110,7 @@ def plain_values(passes: Passes, tokens: Tensor, kept: list[tuple[int, int]]) ->
         "logits_kl": mean(lambda at: (orig[at].exp() * (orig[at] - new[at])).sum(), kept),
         "next_token_ce": mean(
             lambda at: -new[at][tokens[at[0], at[1] + 1]],
-            [(sample, pos) for sample, pos in kept if pos < tokens.shape[1] - 1],
+            [(sample, pos) for sample, pos in kept if (sample, pos + 1) in kept],
         ),
     }
     for position, acts in passes.sae_acts.items():
@@ -163,7 +165,7 @@ def test_masked_acts_keep_all_that_an_sae_left_behind():
 
 def plain_metrics(model: SAETransformer, tokens: Tensor, kept: Tensor) -> dict[str, float]:
     """From full logits, with all unkept tokens taken out at the end."""
-    has_next = kept[:, :-1]
+    has_next = kept[:, :-1] & kept[:, 1:]
 
     def cross_entropy(logits: Tensor) -> float:
         return F.cross_entropy(logits[:, :-1][has_next], tokens[:, 1:][has_next]).item()
@@ -211,8 +213,8 @@ def test_an_evaluation_is_about_the_kept_tokens(tiny_model: Any, tokens: Tensor)
     result = evaluate(
         model, tokens.split(2), kept=lambda batch: kept_mask(batch, IGNORED, BOS), chunk_size=4
     )
-    # Of 13 kept tokens the last of two sequences; that of the other is BOS.
-    assert (result.n_samples, result.n_tokens, result.n_predictions) == (3, 13, 11)
+    # Of 13 kept tokens, in runs of 2, 2, 4 and 5, the last of each run predicts none of them.
+    assert (result.n_samples, result.n_tokens, result.n_predictions) == (3, 13, 9)
     with torch.no_grad():
         expected = plain_metrics(model, tokens, kept)
     metrics = result.metrics()
@@ -226,7 +228,81 @@ def test_keeping_all_tokens_changes_nothing(tiny_model: Any, tokens: Tensor):
     assert all_kept.metrics() == pytest.approx(evaluate(model, [tokens]).metrics(), nan_ok=True)
 
 
-def test_an_evaluation_of_no_tokens_is_rejected(tiny_model: Any, tokens: Tensor):
+LENGTHS = [4, 6, 7, 9, 11]
+PAD = 63
+
+
+def test_targets_of_kept_tokens_by_hand():
+    tokens = torch.tensor([[BOS, 1, 2, BOS, 3], [4, 5, BOS, 6, 2]]).to(torch.int16)
+    assert targets_of(tokens).tolist() == [[1, 2, BOS, 3, -100], [5, BOS, 6, 2, -100]]
+    kept = kept_mask(tokens, IgnoredTokens(bos=True), BOS)
+    expected = [[-100, 2, -100, -100, -100], [5, -100, -100, 2, -100]]
+    assert targets_of(tokens, kept).tolist() == expected
+
+
+@pytest.mark.parametrize("batch_size", [5, 2])
+def test_predictions_of_padding_count_nowhere(tiny_model: Any, batch_size: int):
     model = build(tiny_model, RELU)
-    with pytest.raises(ValueError, match="batches: hold no tokens"):
-        evaluate(model, [tokens], kept=lambda batch: torch.zeros_like(batch).bool())
+    prompts = [torch.randint(8, PAD, (1, length)) for length in LENGTHS]
+    tokens = torch.cat([F.pad(prompt, (0, 11 - prompt.shape[1]), value=PAD) for prompt in prompts])
+
+    def kept(batch: Tensor) -> Tensor:
+        return batch != PAD
+
+    def cross_entropy(run: Callable[[Tensor], Tensor]) -> float:
+        """Of each prompt without padding, as the next token's negative log-probability."""
+        with torch.no_grad():
+            logs = [run(prompt)[0].double().log_softmax(dim=-1) for prompt in prompts]
+        pairs = zip(logs, prompts, strict=True)
+        found = [-log[:-1].gather(1, prompt[0, 1:, None]) for log, prompt in pairs]
+        assert sum(map(len, found)) == 37 - 5
+        return torch.cat(found).mean().item()
+
+    raw = cross_entropy(lambda prompt: model.tlens_model(prompt))
+    spliced = cross_entropy(lambda prompt: model(prompt)[0])
+    result = evaluate(model, tokens.split(batch_size), kept=kept)
+    assert (result.n_tokens, result.n_predictions) == (37, 32)
+    assert (result.ce_loss_raw, result.ce_loss) == pytest.approx((raw, spliced), rel=1e-6)
+    effect = intervention_effect(model, tokens.split(batch_size), ablate(TWO[0], 0), kept=kept)
+    assert (effect.n_tokens, effect.n_predictions) == (37, 32)
+    assert (effect.ce_loss_raw, effect.ce_loss) == pytest.approx((raw, spliced), rel=1e-6)
+    losses = LossConfig.model_validate({"next_token_ce": {"coeff": 1.0}})
+    passes = run(model, tokens, losses).only(kept(tokens))
+    assert (passes.n_tokens, passes.n_predictions) == (37, 32)
+    assert total_loss(losses, passes)[0].item() == pytest.approx(spliced, rel=1e-6)
+
+
+def test_a_batch_of_which_nothing_is_kept_changes_nothing(tiny_model: Any, tokens: Tensor):
+    model = build(tiny_model, RELU)
+    ignored = torch.full((2, 4), BOS)
+
+    def kept(batch: Tensor) -> Tensor:
+        return batch != BOS
+
+    expected = evaluate(model, [tokens], kept=kept)
+    found = evaluate(model, [ignored, tokens], kept=kept)
+    assert (found.n_tokens, found.n_predictions) == (expected.n_tokens, expected.n_predictions)
+    assert found.metrics() == pytest.approx(expected.metrics(), nan_ok=True)
+    change = ablate(TWO[0], 0)
+    effect = intervention_effect(model, [ignored, tokens], change, kept=kept)
+    assert effect == intervention_effect(model, [tokens], change, kept=kept)
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        (lambda batch: batch < 0, "kept: leaves no prediction of the next token in 18 tokens; a p"),
+        # Every second position: of no prediction are both kept.
+        (lambda batch: torch.arange(6).expand_as(batch) % 2 == 0, "kept: leaves no prediction"),
+        (lambda batch: batch.clamp(max=1), r"kept: gives torch.int64 of shape .*; give a boolean"),
+        (lambda batch: batch[:, 1:] > 0, r"kept: gives torch.bool of shape \(3, 5\) for tokens"),
+    ],
+)
+def test_a_mask_that_leaves_nothing_or_is_none_is_rejected(
+    tiny_model: Any, tokens: Tensor, kept: Callable[[Tensor], Tensor], message: str
+):
+    model = build(tiny_model, RELU)
+    with pytest.raises(UserError, match=message):
+        evaluate(model, [tokens], kept=kept)
+    with pytest.raises(UserError, match=message):
+        intervention_effect(model, [tokens], ablate(TWO[0], 0), kept=kept)

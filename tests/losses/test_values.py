@@ -18,8 +18,9 @@ from torch import Tensor
 from sparsify.kernels.reference import full_cross_entropy
 from sparsify.kernels.unembedding import Unembedding
 from sparsify.losses.code_terms import SparsityLoss
+from sparsify.losses.kept import NO_TARGET
 from sparsify.losses.loss import LossConfig
-from sparsify.losses.passes import NO_TARGET, Passes
+from sparsify.losses.passes import Passes
 from sparsify.losses.terms import (
     InToOrigLoss,
     LogitsKLLoss,
