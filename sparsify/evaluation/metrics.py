@@ -99,9 +99,12 @@ def kl_divergence(
     """KL(orig || new) of each token: sum of p_orig * (log p_orig - log p_new) over the vocabulary.
 
     In nats. At least 0, where the two distributions are the same. The order is that of the original
-    system's code; the paper's notation (Braun et al. 2024, arXiv:2405.12241) says the reverse.
+    system's code; the paper's notation (Braun et al. 2024, arXiv:2405.12241) says the reverse. A
+    token of p_orig = 0 adds nothing; with p_orig > 0 and p_new = 0 the divergence is infinite.
     """
-    return torch.linalg.vecdot(orig_log_probs.exp(), orig_log_probs - new_log_probs)
+    p_orig = orig_log_probs.exp()
+    log_ratio = (orig_log_probs - new_log_probs).masked_fill(p_orig == 0, 0.0)
+    return torch.linalg.vecdot(p_orig, log_ratio)
 
 
 def top1_agreement(

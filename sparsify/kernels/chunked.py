@@ -57,7 +57,9 @@ def chunked_kl(
     KL(orig || new) is the sum of p_orig * (log p_orig - log p_new) over the vocabulary. The
     original logits count as constant: gradients reach `new_resid`, and parameters of `unembed` that
     require them through the new logits alone. The KL of equal passes is zero except for rounding,
-    which has either sign: a product may round a row of logits by where it stands.
+    which has either sign: a product may round a row of logits by where it stands. A token of
+    p_orig = 0, such as one whose logit is -inf, adds nothing; with p_orig > 0 and p_new = 0 the KL
+    is infinite.
 
     Args:
         orig_resid: Final residual stream of the model as it is.
@@ -78,7 +80,7 @@ def chunked_kl(
         log_ratio = orig.sub_(logits).sub_(shift)  # log p_orig - log p_new
         if with_grad:  # d KL / d logits = p_new - p_orig
             torch.sub(of_new.p, of_orig.p, out=logits)
-        return torch.dot(of_orig.p.flatten(), log_ratio.flatten())
+        return _sum_of_products(of_orig.p, log_ratio)
 
     return _chunked_mean(new_resid, unembed, kl_of_tile, chunk_size, orig_resid)
 
@@ -239,6 +241,17 @@ def _softmax(logits: Float[Tensor, "row d_vocab"]) -> _Softmax:
     p = F.softmax(logits, dim=-1)
     top_p = p.amax(dim=-1, keepdim=True)
     return _Softmax(p, logits.amax(dim=-1, keepdim=True), top_p.log())
+
+
+def _sum_of_products(
+    p: Float[Tensor, "row d_vocab"], log_ratio: Float[Tensor, "row d_vocab"]
+) -> Float[Tensor, ""]:
+    """Sum of p * log_ratio, where 0 times an infinite or undefined number is 0."""
+    total = torch.dot(p.flatten(), log_ratio.flatten())
+    # The mask takes half as long as all else. A GPU would have to be waited for to leave it out.
+    if total.device.type == "cpu" and total.isfinite():
+        return total
+    return torch.dot(p.flatten(), log_ratio.masked_fill_(p == 0, 0.0).flatten())
 
 
 def _pieces(length: int, size: int) -> list[slice]:

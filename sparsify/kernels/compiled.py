@@ -22,13 +22,14 @@ def kl_of_rows(
 
     With both rows shifted by their maxima, so that the largest number is 0, and Z the sum of its
     exponentials, KL(orig || new) = sum p_orig * (orig - logits) + log Z_new - log Z_orig. Each
-    exponential is thus taken once.
+    exponential is thus taken once. Where p_orig is 0, so is the product.
     """
     new = logits - logits.amax(dim=-1, keepdim=True)
     orig = orig - orig.amax(dim=-1, keepdim=True)
     exp_new, exp_orig = new.exp(), orig.exp()
     z_new, z_orig = exp_new.sum(dim=-1, keepdim=True), exp_orig.sum(dim=-1, keepdim=True)
-    difference = (exp_orig * (orig - new)).sum(dim=-1, keepdim=True) / z_orig
+    products = (exp_orig * (orig - new)).masked_fill(exp_orig == 0, 0.0)
+    difference = products.sum(dim=-1, keepdim=True) / z_orig
     logits.copy_(exp_new / z_new - exp_orig / z_orig)
     return (difference + z_new.log() - z_orig.log()).squeeze(-1)
 

@@ -15,7 +15,9 @@ def full_kl(
     """See `sparsify.kernels.chunked.chunked_kl`."""
     log_orig = F.log_softmax(unembed(orig_resid.detach()), dim=-1)
     log_new = F.log_softmax(unembed(new_resid), dim=-1)
-    return (log_orig.exp() * (log_orig - log_new)).sum(dim=-1).mean()
+    p_orig = log_orig.exp()
+    log_ratio = (log_orig - log_new).masked_fill(p_orig == 0, 0.0)
+    return (p_orig * log_ratio).sum(dim=-1).mean()
 
 
 def full_cross_entropy(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsify.evaluation.metrics import kl_divergence
 from sparsify.kernels.chunked import chunked_cross_entropy, chunked_kl, tile_size
 from sparsify.kernels.compiled import why_not_compiled
 from sparsify.kernels.reference import full_cross_entropy, full_kl
@@ -322,3 +323,52 @@ def test_without_a_compiler_there_is_a_reason(tmp_path: Path):
         check=True,
     )
     assert "No working C++ compiler found" in done.stdout
+
+
+def with_impossible_tokens(scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """An unembedding's bias that makes tokens 2 and 5 of 7 impossible, and two residual streams."""
+    bias = torch.zeros(7).index_fill(0, torch.tensor([2, 5]), -math.inf)
+    return bias, scale * torch.randn(9, 7), scale * torch.randn(9, 7)
+
+
+@pytest.mark.parametrize(
+    "is_compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "compiled"]
+)
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_kl_is_that_of_the_possible_tokens(scale: float, is_compiled: bool):
+    bias, orig, new = with_impossible_tokens(scale)
+    new.requires_grad_()
+    unembed = Unembedding(torch.eye(7), bias, is_compiled=is_compiled)
+    kl = chunked_kl(orig, new, unembed, 4)
+    finite = [0, 1, 3, 4, 6]
+    log_orig, log_new = (part[:, finite].double().log_softmax(dim=-1) for part in (orig, new))
+    expected = (log_orig.exp() * (log_orig - log_new)).sum(dim=-1).mean()
+    torch.testing.assert_close(kl.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(full_kl(orig, new, unembed), kl, rtol=1e-5, atol=1e-6)
+    (grad,), (expected_grad,) = grads_of(kl, new), grads_of(expected, new)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-6)
+    assert not grad[:, [2, 5]].any()
+
+
+@pytest.mark.parametrize(
+    ("orig", "new", "expected"),
+    [
+        # A token that only the original model gives a chance; one that only the new one does,
+        # where p_orig = (1, 0) and p_new = (1/2, 1/2), so the KL is log 2; a broken pass.
+        ([0.0, 0.0], [0.0, -math.inf], math.inf),
+        ([0.0, -math.inf], [0.0, 0.0], math.log(2)),
+        ([0.0, math.nan], [0.0, 0.0], math.nan),
+        ([0.0, 0.0], [math.nan, 0.0], math.nan),
+    ],
+)
+def test_kl_of_impossible_tokens_by_hand(orig: list[float], new: list[float], expected: float):
+    class AsGiven(Unembedding):
+        """Logits are the residual stream itself, which a product with zeros would turn to NaN."""
+
+        def products(self, normed: Tensor, buffer: Tensor) -> Tensor:
+            return buffer[: len(normed)].copy_(normed)
+
+    kl = chunked_kl(as_resid([orig]), as_resid([new]), AsGiven(torch.eye(2)))
+    assert kl.item() == pytest.approx(expected, nan_ok=True)
+    rows = (torch.tensor([row]).log_softmax(dim=-1) for row in (orig, new))
+    assert kl_divergence(*rows).item() == pytest.approx(expected, nan_ok=True)
