@@ -66,6 +66,9 @@ class LossTerm(BaseConfig, ABC):
     needs_dead: ClassVar[bool] = False
     """The value depends on which elements are dead."""
 
+    is_of_predictions: ClassVar[bool] = False
+    """The value is a mean over the predictions that count, not over the tokens that are kept."""
+
     @property
     @abstractmethod
     def position_coeff(self) -> float:
@@ -163,6 +166,10 @@ class LogitsKLLoss(CoeffTerm):
 
 
 class NextTokenCELoss(CoeffTerm):
-    """Cross-entropy of the spliced model's next token, in nats per token that has a next one."""
+    """Cross-entropy of the spliced model's next token, in nats per prediction that counts.
+
+    It counts if neither its token nor the next one is ignored.
+    """
 
     needs_logits: ClassVar[bool] = True
+    is_of_predictions: ClassVar[bool] = True

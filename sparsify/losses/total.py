@@ -1,6 +1,7 @@
 """The weighted sum of the loss terms. Its formula is at the top of `loss.py`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -14,8 +15,21 @@ from sparsify.losses.values import Values, term_values
 Factor = Callable[[str, str], float | Tensor]
 """Factor of a coefficient at this time, by term and position ("" for a term that has none)."""
 
+Weighted = list[tuple[LossTerm, Float[Tensor, ""]]]
+"""Terms, each with its contribution to the total."""
+
 KL_EPS = 1e-8
 """Added to a KL that is divided by, as Karvonen 2025 does."""
+
+
+@dataclass(frozen=True)
+class MeanLoss:
+    """A part of a batch's loss that is a mean over some of its items."""
+
+    mean: Float[Tensor, ""]
+
+    n: int
+    """Items of the batch. If there are none, the mean says nothing and has no gradient."""
 
 
 def total_loss(
@@ -34,6 +48,38 @@ def total_loss(
         The scalar to minimise, and detached values keyed `<term>/<position>`, or `<term>` for a
         term that has no position; those of other outputs begin with `other_outputs/`.
     """
+    weighted, logged = _weighted_terms(losses, passes, factor)
+    return _sum(part for _, part in weighted), logged
+
+
+def mean_losses(
+    losses: LossConfig, passes: Passes, factor: Factor = lambda term, position: 1.0
+) -> tuple[list[MeanLoss], Values]:
+    """Compute the total of `total_loss` in parts that say over how many items they are means.
+
+    If tokens were left out and there is a term about predictions, the parts are that of the terms
+    about tokens and that of those about predictions. Else there is one. A batch in which no token
+    is kept has none, and no values.
+    """
+    if passes.n_tokens == 0:
+        return [], {}
+    weighted, logged = _weighted_terms(losses, passes, factor)
+    of_predictions = [part for term, part in weighted if term.is_of_predictions]
+    if not (passes.is_masked and of_predictions):
+        return [MeanLoss(_sum(part for _, part in weighted), passes.n_tokens)], logged
+    of_tokens = [part for term, part in weighted if not term.is_of_predictions]
+    return [
+        MeanLoss(_sum(of_tokens), passes.n_tokens),
+        MeanLoss(_sum(of_predictions), passes.n_predictions),
+    ], logged
+
+
+def _sum(parts: Iterable[Float[Tensor, ""]]) -> Float[Tensor, ""]:
+    return sum(parts, torch.zeros(()))
+
+
+def _weighted_terms(losses: LossConfig, passes: Passes, factor: Factor) -> tuple[Weighted, Values]:
+    """Compute the contributions to the total, and the values that are logged."""
     terms = losses.terms()
     values = {name: _values(term, passes) for name, term in terms.items()}
     logged: Values = {}
@@ -53,14 +99,14 @@ def total_loss(
         )
         return part if balance is None or name != "logits_kl" else balance * part
 
-    total = sum((weighted(name, part) for name, part in values.items()), torch.zeros(()))
+    parts = [(terms[name], weighted(name, part)) for name, part in values.items()]
     errors = {name: term for name, term in terms.items() if term.measures_error}
     for weight, other in passes.others:
         for name, term in errors.items():
             part = _values(term, other)
-            total = total + weight * weighted(name, part)
+            parts.append((term, weight * weighted(name, part)))
             logged |= _logged(f"other_outputs/{name}", part)
-    return total, logged
+    return parts, logged
 
 
 def _values(term: LossTerm, passes: Passes) -> Values:

@@ -4,11 +4,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from sparsify.losses.loss import LossConfig
 from sparsify.losses.passes import Passes
-from sparsify.losses.total import total_loss
+from sparsify.losses.total import MeanLoss, mean_losses
 from sparsify.saes.base import SAE
 from sparsify.training.batch_loss import BatchLoss
 from sparsify.training.cadence import Every
@@ -27,6 +28,9 @@ class SAEBatchLoss(BatchLoss):
     """Loss of a batch, and the passes that it was computed from."""
 
     passes: Passes
+
+    parts: list[MeanLoss]
+    """Parts of the total, which say over how many tokens or predictions they are means."""
 
 
 class SAETrainer(Generic[Batch]):
@@ -86,8 +90,9 @@ class SAETrainer(Generic[Batch]):
         passes = self.forward(batch)
         if self.dead is not None:
             passes = self.dead.marked(passes)
-        total, terms = total_loss(self.losses, passes, self.coefficients.factor)
-        return SAEBatchLoss(total, terms, passes)
+        parts, terms = mean_losses(self.losses, passes, self.coefficients.factor)
+        total = sum((part.mean for part in parts), torch.zeros(()))
+        return SAEBatchLoss(total, terms, passes, parts)
 
     def learn_from(self, loss: SAEBatchLoss, n_samples: int) -> None:
         """Take a batch's gradient, an optimizer step if one is due, and what no gradient teaches.
@@ -98,7 +103,7 @@ class SAETrainer(Generic[Batch]):
             loss: From `batch_loss`.
             n_samples: Samples of the batch.
         """
-        grad_norm = self.stepper.backward(loss.total)
+        grad_norm = self.stepper.backward(loss.parts)
         self.n_samples += n_samples
         for position, sae in self.trained.items():
             sae.learn_from(loss.passes.sae_acts[position])
@@ -114,7 +119,8 @@ class SAETrainer(Generic[Batch]):
         """Numbers of a batch under the names that are logged; terms without their coefficients."""
         metrics = {"loss": loss.total.item()}
         metrics |= {f"loss/train/{name}": value.item() for name, value in loss.terms.items()}
-        for position, acts in loss.passes.sae_acts.items():
+        acts_by_position = loss.passes.sae_acts if loss.parts else {}  # no token was kept
+        for position, acts in acts_by_position.items():
             l0 = (acts.c != 0).sum(dim=-1).float().mean()
             metrics[f"sparsity/train/L_0/{position}"] = l0.item()
         metrics |= {"grad_norm": self.stepper.grad_norm.item(), "lr": self.stepper.lr}
@@ -139,7 +145,7 @@ class SAETrainer(Generic[Batch]):
         self.resampling_due = Every(self.resampling_due.period, n_stepped)
 
     def _resample(self, config: ResamplingConfig, passes: Passes) -> None:
-        if self.n_samples > config.until_n_samples or self.dead is None:
+        if self.n_samples > config.until_n_samples or self.dead is None or passes.n_tokens == 0:
             return
         for position, sae in self.trained.items():
             dead, acts = self.dead.dead(position), passes.sae_acts[position]

@@ -1,4 +1,4 @@
-"""Optimizer steps: gradients of several batches averaged, clipped and applied."""
+"""Optimizer steps: gradients of several batches averaged over their items, clipped and applied."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -10,6 +10,8 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from sparsify.losses.total import MeanLoss
+from sparsify.training.accumulation import GradientMean, add_gradients
 from sparsify.training.config import TrainingConfig
 from sparsify.training.schedules import build_lr_schedulers
 
@@ -55,8 +57,8 @@ def build_stepper(
 class GradientStepper:
     """Turns the losses of batches into optimizer steps.
 
-    For a loss that is a plain mean over samples, `n_accumulation_steps` batches give the step of
-    one batch with all their samples. Gradients may be sparse COO tensors of whole rows.
+    For a loss that is a plain mean over items, `n_accumulation_steps` batches give the step of one
+    batch with all their items. Gradients may be sparse COO tensors of whole rows.
 
     Args:
         parameters: What the optimizers move. Their gradients are clipped together.
@@ -92,28 +94,35 @@ class GradientStepper:
         self.grad_norm = torch.zeros(())
         """Norm of the last step's gradient, before clipping."""
         self._n_batches_in_step = 0
+        self._means = [GradientMean(self.parameters)]
+        """Gradients of the step so far, one for each part of the loss."""
 
     @property
     def lr(self) -> float:
         """Learning rate of the next step of the first optimizer."""
         return self.optimizers[0].param_groups[0]["lr"]
 
-    def backward(self, loss: Float[Tensor, ""]) -> Float[Tensor, ""] | None:
-        """Add the gradient of one batch's mean loss, and step if the effective batch is full.
+    def backward(self, loss: Float[Tensor, ""] | Sequence[MeanLoss]) -> Float[Tensor, ""] | None:
+        """Add the gradient of one batch's loss, and step if the effective batch is full.
+
+        Args:
+            loss: Mean over the items of the batch, of which all batches have as many. Or parts that
+                are added, each a mean over a number of items, and in the same order for each batch.
 
         Returns:
             Norm of the averaged gradient before clipping if a step was taken. None otherwise.
         """
-        (loss / self.n_accumulation_steps).backward()
-        for parameter in self.parameters:
-            if parameter.grad is not None and parameter.grad.is_sparse:
-                parameter.grad = merge_rows(parameter.grad)
+        self._accumulate([MeanLoss(loss, 1)] if isinstance(loss, Tensor) else loss)
         self._n_batches_in_step += 1
         if self._n_batches_in_step < self.n_accumulation_steps:
             return None
+        taken = add_gradients([mean.take(self.n_accumulation_steps) for mean in self._means])
+        self._means = [GradientMean(self.parameters)]
+        for parameter, gradient in zip(self.parameters, taken, strict=True):
+            parameter.grad = gradient
         for module in self.constrained:
             module.project_gradients()
-        grads = self.gradients()
+        grads = [p.grad for p in self.parameters if p.grad is not None]
         values = [grad.values() if grad.is_sparse else grad for grad in grads]
         grad_norm = get_total_norm(values)
         if self.before_step is not None:
@@ -137,14 +146,24 @@ class GradientStepper:
 
     def gradients(self) -> list[Tensor]:
         """Return the gradients of the batches of a step that is not full yet."""
-        return [p.grad for p in self.parameters if p.grad is not None]
+        return [grad for mean in self._means for grad in mean.gradients if grad is not None]
+
+    def _accumulate(self, parts: Sequence[MeanLoss]) -> None:
+        if self.n_accumulation_steps == 1 and len(parts) > 1:  # each is the mean over the step
+            parts = [MeanLoss(sum((part.mean for part in parts), torch.zeros(())), 1)]
+        while len(self._means) < len(parts):
+            self._means.append(GradientMean(self.parameters))
+        for index, (mean, part) in enumerate(zip(self._means, parts, strict=False)):
+            is_last = index == len(parts) - 1
+            mean.add(part, self.n_accumulation_steps, retain_graph=not is_last)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that the next steps depend on, except the parameters, in plain data."""
         return {
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
-            "gradients": [parameter.grad for parameter in self.parameters],
+            "gradients": [gradient for mean in self._means for gradient in mean.gradients],
+            "n_items": [(mean.n_first, mean.n_items) for mean in self._means],
             "n_batches_in_step": self._n_batches_in_step,
             "n_steps": self.n_steps,
         }
@@ -159,24 +178,13 @@ class GradientStepper:
             for index, group in enumerate(scheduler.optimizer.param_groups):
                 factor = scheduler.lr_lambdas[index](scheduler.last_epoch)
                 group["lr"] = scheduler.base_lrs[index] * factor
-        for parameter, gradient in zip(self.parameters, state["gradients"], strict=True):
-            parameter.grad = None if gradient is None else gradient.to(parameter)
+        gradients = iter(state["gradients"])
+        self._means = [GradientMean(self.parameters) for _ in state["n_items"]]
+        for mean, counts in zip(self._means, state["n_items"], strict=True):
+            mean.n_first, mean.n_items = counts
+            mean.gradients = [
+                None if gradient is None else gradient.to(parameter)
+                for parameter, gradient in zip(self.parameters, gradients, strict=False)
+            ]
         self._n_batches_in_step = state["n_batches_in_step"]
         self.n_steps = state["n_steps"]
-
-
-def merge_rows(gradient: Tensor) -> Tensor:
-    """A row-sparse gradient with each row once, or dense if most rows are there."""
-    # The gradients of several batches are added by listing the rows of each, and even that of one
-    # batch loses its mark as being in order, without which torch would sort and copy the rows.
-    (index,) = gradient._indices()
-    if not (index[1:] > index[:-1]).all():
-        gradient = gradient.coalesce()
-        return gradient if 2 * len(gradient.values()) <= len(gradient) else gradient.to_dense()
-    return torch.sparse_coo_tensor(
-        gradient._indices(),
-        gradient._values(),
-        gradient.shape,
-        is_coalesced=True,
-        check_invariants=False,
-    )

@@ -7,9 +7,11 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import LambdaLR
 
+from sparsify.losses.total import MeanLoss
 from sparsify.runs.weight_files import load_state, save_state, state_path
+from sparsify.training.accumulation import merge_rows
 from sparsify.training.optimizers import build_adam
-from sparsify.training.steps import GradientStepper, merge_rows
+from sparsify.training.steps import GradientStepper
 
 
 def _stepper(
@@ -129,3 +131,47 @@ def test_a_gradient_with_most_rows_becomes_dense():
     index = torch.tensor([[2, 0, 2]])
     summed = torch.sparse_coo_tensor(index, torch.ones(3, 1), (3, 1), check_invariants=True)
     torch.testing.assert_close(merge_rows(summed), torch.tensor([[1.0], [0.0], [2.0]]))
+
+
+def test_batches_of_as_many_items_give_the_bits_of_a_mean_over_batches():
+    inputs = torch.randn(3, 5, 7)
+    parameter = nn.Parameter(torch.randn(7))
+    for batch in inputs:
+        ((batch @ parameter).square().mean() / 3).backward()
+    stepper = _stepper(moved := nn.Parameter(parameter.detach().clone()), n_accumulation_steps=3)
+    for batch in inputs:
+        stepper.backward([MeanLoss((batch @ moved).square().mean(), 5)])
+    assert parameter.grad is not None
+    assert torch.equal(moved, parameter - parameter.grad)
+
+
+def test_parts_of_a_loss_are_each_averaged_over_their_items():
+    # Gradients 1 and 5 over 3 and 1 items of the first part, 10 over 2 of the second; the others
+    # hold none: (3 * 1 + 1 * 5) / 4 + 10 = 12.
+    parameter = nn.Parameter(torch.tensor(0.0))
+    stepper = _stepper(parameter, n_accumulation_steps=3)
+    none = MeanLoss(torch.zeros(()), 0)
+    stepper.backward([MeanLoss(1 * parameter, 3), none])
+    stepper.backward([])
+    stepper.backward([MeanLoss(5 * parameter, 1), MeanLoss(10 * parameter, 2)])
+    assert parameter.item() == pytest.approx(-12.0)
+
+
+def stepper_gradients(stepper: GradientStepper) -> list[Tensor]:
+    return [p.grad for p in stepper.parameters if p.grad is not None]
+
+
+def test_row_sparse_gradients_of_different_counts_are_averaged():
+    table = nn.Parameter(torch.zeros(9, 2))
+    stepper = GradientStepper([table], [build_adam([table], lr=0.1)], [], n_accumulation_steps=2)
+    seen: list[Tensor] = []
+    stepper.before_step = lambda norm: seen.extend(stepper_gradients(stepper))
+    for rows, n in ((torch.tensor([1, 3]), 1), (torch.tensor([3, 4]), 3)):
+        entries = F.embedding(rows, table, sparse=True)
+        stepper.backward([MeanLoss(entries.sum(), n), MeanLoss(2 * entries[1].sum(), 1)])
+    # By the first part 1/4 of row 1, 3/4 of row 4, and all of row 3; by the second half of twice
+    # rows 3 and 4.
+    expected = torch.zeros(9, 2)
+    expected[1], expected[3], expected[4] = 0.25, 1.0 + 1.0, 0.75 + 1.0
+    assert seen[0].is_sparse
+    torch.testing.assert_close(seen[0].to_dense(), expected)
