@@ -79,7 +79,27 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def bos_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id of the token that begins a text. None: there is none."""
-    token = tokenizer.bos_token_id
+    """The id of the token that begins a text. None: the tokenizer has none of its own."""
+    # TransformerLens gives one that has none the end-of-text token.
+    if tokenizer.bos_token == tokenizer.eos_token and not _declares(tokenizer, "bos_token"):
+        return None
+    return _single_id(tokenizer.bos_token_id)
+
+
+def eos_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id of the token that ends a text. None: the tokenizer has none of its own."""
+    # TransformerLens gives one that has none this, which it may not know; its id is that of the
+    # unknown token then.
+    if tokenizer.eos_token == END_OF_TEXT and not _declares(tokenizer, "eos_token"):
+        return None
+    return _single_id(tokenizer.eos_token_id)
+
+
+def _declares(tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
+    """Return True if a special token is in the tokenizer's files, or in its class."""
+    return tokenizer.init_kwargs.get(name) is not None
+
+
+def _single_id(token: object) -> int | None:
     assert token is None or isinstance(token, int), "lists are for generation configs alone"
     return token

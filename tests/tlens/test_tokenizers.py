@@ -1,10 +1,16 @@
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from sparsify.settings.base_config import UserError
-from sparsify.tlens.tokenizers import END_OF_TEXT, load_tokenizer, train_tokenizer
+from sparsify.tlens.tokenizers import (
+    END_OF_TEXT,
+    bos_token,
+    eos_token,
+    load_tokenizer,
+    train_tokenizer,
+)
 
 
 @pytest.mark.parametrize(
@@ -43,3 +49,41 @@ def test_missing_tokenizer_is_named(tmp_path: Path):
         UserError, match=r"tokenizer_name: '.*' cannot be loaded: .*; name tiny-pyt"
     ):
         load_tokenizer(str(tmp_path))
+
+
+def through_transformer_lens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer as TransformerLens leaves it, which gives it the tokens that it lacks."""
+    from transformer_lens.utilities.tokenize_utils import get_tokenizer_with_bos
+
+    changed = get_tokenizer_with_bos(tokenizer)
+    changed.eos_token = changed.eos_token or END_OF_TEXT
+    changed.bos_token = changed.bos_token or changed.eos_token
+    return changed
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("own", "bos", "eos"),
+    [
+        ({"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}, 0, 0),
+        ({"eos_token": END_OF_TEXT}, None, 0),
+        ({"bos_token": "a", "eos_token": "b"}, 65, 66),
+        ({"bos_token": "a"}, 65, None),
+        ({"unk_token": "a"}, None, None),
+        ({}, None, None),
+    ],
+)
+def test_special_tokens_are_those_of_the_tokenizers_own_files(
+    own: dict[str, str],
+    bos: int | None,
+    eos: int | None,
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+):
+    backend = tokenizer.backend_tokenizer
+    PreTrainedTokenizerFast(tokenizer_object=backend, **own).save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert (bos_token(loaded), eos_token(loaded)) == (bos, eos)
+    changed = through_transformer_lens(load_tokenizer(str(tmp_path)))
+    assert changed.bos_token_id is not None
+    assert (bos_token(changed), eos_token(changed)) == (bos, eos)
