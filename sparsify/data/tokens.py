@@ -26,6 +26,10 @@ Pack = Callable[[Chunk, list[int]], tuple[Sequences, list[int]]]
 these and the tokens left over."""
 
 
+MAX_PIECE_CHARS = 2_000_000
+"""Characters that are made tokens at once, which takes up to 250 bytes of memory for each."""
+
+
 class TextPacker:
     """Puts an end-of-text token behind each document and cuts every `n_ctx` tokens.
 
@@ -56,7 +60,8 @@ class TextPacker:
         """See `Pack`."""
         parts = [np.array(remainder, dtype=np.int32)]
         for text in chunk.documents:
-            parts += [self._ids(text), self._eos]
+            assert isinstance(text, str), "ids have their own packer"
+            parts += [*map(self._ids, _pieces(text)), self._eos]
         if chunk.is_cut:
             parts.pop()
         tokens = np.concatenate(parts)
@@ -67,12 +72,22 @@ class TextPacker:
             sequences = np.insert(sequences, 0, self.bos_token_id, axis=1)
         return sequences, tokens[n_used:].tolist()
 
-    def _ids(self, text: str | list[int]) -> Int32[np.ndarray, " token"]:
-        assert isinstance(text, str), "ids have their own packer"
+    def _ids(self, text: str) -> Int32[np.ndarray, " token"]:
         # Of the tokenizer's calls only those for batches let other threads run meanwhile. A batch
         # of one text uses one thread, and an array by text holds the others up for a moment only.
         [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return np.array(encoding.ids, dtype=np.int32)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut a very long text behind a line, or, in a longer line, anywhere."""
+    begin = 0
+    while begin < len(text):
+        end = begin + MAX_PIECE_CHARS
+        if end < len(text):
+            end = text.rfind("\n", begin, end) + 1 or end
+        yield text[begin:end]
+        begin = end
 
 
 @dataclass(frozen=True)

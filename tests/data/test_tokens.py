@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from sparsify.data import tokens as tokens_module
 from sparsify.data.documents import Chunk, Position
 from sparsify.data.tokens import START, IdPacker, Place, TextPacker, TokenSequences
 from sparsify.settings.base_config import UserError
@@ -237,3 +238,15 @@ def test_less_than_one_batch_is_rejected(n_rows: int, n_epochs: int | None):
     message = f"dataset_name: 'rows' holds {n_rows} sequences, less than one batch of 4; use more"
     with pytest.raises(UserError, match=message):
         numbers(id_sequences(n_rows, n_epochs=n_epochs, batch_size=4))
+
+
+def test_a_very_long_text_is_made_tokens_in_pieces(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tokens_module, "MAX_PIECE_CHARS", 10)
+    lines = ["value = 1\n", "x\n", "return" * 5 + "\n", "end"]
+    pieces = ["value = 1\n", "x\n", "returnretu", "rnreturnre", "turnreturn", "\nend"]
+    ids = [tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in pieces]
+    pack = TextPacker(tokenizer, 1, eos_token_id=0, bos_token_id=None)
+    sequences, _ = pack(Chunk(["".join(lines)], [1]), [])
+    assert sequences[:, 0].tolist() == [*(id for part in ids for id in part), 0]
