@@ -219,7 +219,7 @@ SETTINGS: dict[str, tuple[Mapping[str, Any], str]] = {
         {"eval_data": {"dataset_name": "FILES/short2.txt", "n_ctx": 16}},
         "dataset_name: 'FILES/short2.txt' holds 0 sequences",
     ),
-    "broken row": (_text("FILES/broken.jsonl"), "cannot be read: JSON parse error: "),
+    "broken row": (_text("FILES/broken.jsonl"), "FILES/broken.jsonl' cannot be read: line "),
     "column that is not there": (
         _text("FILES/code.jsonl"),
         "column_name: 'FILES/code.jsonl' has no column 'text'; set it to one of code",
@@ -229,7 +229,7 @@ SETTINGS: dict[str, tuple[Mapping[str, Any], str]] = {
         "is_tokenized: column 'code' of 'FILES/code.jsonl' holds text, not lists of token ids; set",
     ),
     "column of numbers": (_text("FILES/numbers.jsonl"), "holds values of type int, not text; set "),
-    "damaged table": (_text("FILES/cut.parquet"), "'FILES/cut.parquet' (split 'train') cannot be "),
+    "damaged table": (_text("FILES/cut.parquet"), "'FILES/cut.parquet' cannot be read: "),
     "ids of text": ({"train_data.is_tokenized": True}, "is_tokenized: True: has no meaning for te"),
     "id beyond the vocabulary": (
         {"eval_data": _eval("large.parquet")},

@@ -13,7 +13,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
 
 from sparsify.tlens.tokenizers import train_tokenizer
 
@@ -65,6 +67,7 @@ def make_bad_files(folder: Path, planted: Path, model: Path, run_dir: Path) -> N
         model: Model folder of a language model.
         run_dir: SAEs of that model after 8, 16 and 24 samples.
     """
+    make_bad_data(folder / "data")
     (folder / "file").write_text("x")
     (folder / "empty").mkdir()
     make_texts(folder)
@@ -198,3 +201,21 @@ def make_runs(folder: Path, planted: Path, run_dir: Path) -> None:
     metrics = copy("link") / "metrics.jsonl"
     metrics.unlink()
     metrics.symlink_to(folder / "victim")
+
+
+def make_bad_data(folder: Path) -> None:
+    """Make the data of `bad_data.py`."""
+    row = json.dumps({"text": "value = 1"}) + "\n"
+    for name in ("mixed/a.jsonl", "splits/train.jsonl", "splits/more.jsonl", "set1.jsonl"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(row * 99)
+    pq.write_table(pa.table({"text": ["value = 1"]}), folder / "mixed" / "b.parquet")
+    (folder / "a.csv").write_text("text\nvalue = 1\n")
+    (folder / "bytes.jsonl").write_bytes(b'{"text": "\xff"}\n')
+    os.mkfifo(folder / "pipe.jsonl")
+    Dataset.from_dict({"text": ["value = 1"] * 99}).save_to_disk(folder / "saved", num_shards=2)
+    (folder / "saved" / "data-00001-of-00002.arrow").unlink()
+    backend = train_tokenizer(["value = 1"], vocab_size=257).backend_tokenizer
+    for name, tokens in {"no_end": {"unk_token": "a"}, "no_bos": {"eos_token": "b"}}.items():
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
+        tokenizer.save_pretrained(folder / name)

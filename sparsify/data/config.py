@@ -21,8 +21,9 @@ class DataConfig(BaseConfig):
     dataset_name: NameOrPath
     """`python-stdlib` (built in), a file or folder, or the name of a dataset on the hub.
 
-    Parquet, jsonl and json files are tables with one document per row. Of any other file, and of
-    each file of a folder without tables, the text is one document.
+    Parquet, jsonl, json and Arrow files are tables with one document per row. Of any other file,
+    and of each file of a folder without tables, the text is one document.
+    docs/reliability.md says which files and folders are recognised.
     """
     subset: Name | None = None
     """Name of a part of a hub dataset (its "config"). null: the dataset has no parts."""

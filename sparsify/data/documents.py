@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from datasets import IterableDataset
 
 from sparsify.data.faults import retried
-from sparsify.data.shard_rows import ShardRows
+from sparsify.data.shard_rows import Shard, ShardRows
 from sparsify.settings.base_config import UserError
+from sparsify.settings.files import open_regular
 
 Position = list[Any]
 """Place in a stream; what it holds is the stream's own business, but it is always plain data."""
@@ -62,10 +62,12 @@ class TextFiles:
         paths: The files.
         skip_binary: Leave out files that are not UTF-8, instead of refusing them. A long file may
             turn out not to be after some pieces have been read; then its rest is left out.
+        found: What was taken for the documents, for the log.
     """
 
     paths: Sequence[Path]
     skip_binary: bool
+    found: str = ""
 
     def chunks(self, rng: np.random.Generator, position: Position | None) -> Iterator[Chunk]:
         """See `Documents`. A position is the number of files done and bytes of the next one."""
@@ -84,6 +86,15 @@ class TextFiles:
         if texts:
             yield Chunk(texts, [n_done, 0])
 
+    def check(self) -> None:
+        """Read the beginning of each file.
+
+        Raises:
+            UserError: One cannot be read.
+        """
+        for path in self.paths:
+            self._read(path, 0)
+
     def is_small(self) -> bool:
         """Return True if all files together fit into one chunk."""
         return (
@@ -93,13 +104,17 @@ class TextFiles:
 
     def _read(self, path: Path, offset: int) -> tuple[str, int]:
         try:
-            return retried(lambda: read_piece(path, offset), str(path))
-        except UnicodeDecodeError:
+            text, end = retried(lambda: read_piece(path, offset), str(path))
+            # What a sparse file, or one that was lost in a crash, is full of.
+            if text and not text.strip("\0"):
+                raise ValueError("holds nothing but zero bytes")
+            return text, end
+        except ValueError as error:
             if self.skip_binary:
                 return "", 0
-            raise UserError(
-                f"dataset_name: '{path}' is not UTF-8 text; convert or remove it"
-            ) from None
+            is_text = not isinstance(error, UnicodeDecodeError)
+            reason = error if is_text else "is not UTF-8 text"
+            raise UserError(f"dataset_name: '{path}' {reason}; convert or remove it") from None
         except EOFError:
             raise UserError(
                 f"dataset_name: '{path}' has become shorter than the {offset} bytes already read "
@@ -121,7 +136,7 @@ def read_piece(path: Path, offset: int, max_bytes: int = CHUNK_CHARS) -> tuple[s
         UnicodeDecodeError: The piece is not UTF-8.
         EOFError: The file ends before `offset`, which was not its end when the last piece was read.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if offset and offset >= size:
             raise EOFError(f"{path} has {size} bytes, and byte {offset} was asked for")
@@ -136,9 +151,22 @@ def read_piece(path: Path, offset: int, max_bytes: int = CHUNK_CHARS) -> tuple[s
     return text, offset + end - len(begun_character)
 
 
+class Table(Protocol):
+    """Rows in shards, as `datasets` has them."""
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards."""
+        ...
+
+    def shard(self, num_shards: int, index: int) -> Shard:
+        """Return the rows of a shard."""
+        ...
+
+
 @dataclass(frozen=True)
 class TableRows:
-    """One column of a `datasets` table. Its shards are put in order, the rows of one stay in order.
+    """One column of a table. Its shards are put in order, the rows of one stay in order.
 
     Attributes:
         dataset: The table.
@@ -146,13 +174,15 @@ class TableRows:
         is_tokenized: Which of the two.
         name: What to call the table in messages.
         files: The local file of each shard. Empty: the table is not local, or not read from them.
+        found: What was taken for the documents, for the log.
     """
 
-    dataset: IterableDataset
+    dataset: Table
     column: str
     is_tokenized: bool
     name: str
     files: Sequence[str] = ()
+    found: str = ""
 
     def chunks(self, rng: np.random.Generator, position: Position | None) -> Iterator[Chunk]:
         """See `Documents`. A position is the number of shards done and the state of the next."""
@@ -161,24 +191,38 @@ class TableRows:
         n_done, state = position or (0, None)
         for index in range(n_done, n_shards):
             shard = int(order[index])
-            rows = ShardRows(
-                partial(self.dataset.shard, num_shards=n_shards, index=shard),
-                state,
-                self.name,
-                self.files[shard] if len(self.files) == n_shards else None,
-            )
+            rows = self._rows(shard, state)
             state = None
             documents: list[Any] = []  # str or list[int], as `is_tokenized` says
             for row in rows:
-                documents += self.contents(row)
+                documents += self.contents(row, self._file(shard))
                 if len(documents) == CHUNK_DOCUMENTS or _n_items(documents) >= CHUNK_CHARS:
                     yield Chunk(documents, [index, rows.state_dict()])
                     documents = []
             if documents:
                 yield Chunk(documents, [index + 1, None])
 
-    def contents(self, row: dict[str, Any]) -> list[str] | list[list[int]]:
+    def first_row(self) -> dict[str, Any] | None:
+        """Return the first row. None: there is none."""
+        for shard in range(self.dataset.num_shards):
+            for row in self._rows(shard, None):
+                return row
+        return None
+
+    def _rows(self, shard: int, state: dict[str, Any] | None) -> ShardRows:
+        n_shards = self.dataset.num_shards
+        open_shard = partial(self.dataset.shard, num_shards=n_shards, index=shard)
+        return ShardRows(open_shard, state, self.name, self._file(shard))
+
+    def _file(self, shard: int) -> str | None:
+        return self.files[shard] if len(self.files) == self.dataset.num_shards else None
+
+    def contents(self, row: dict[str, Any], file: str | None = None) -> list[str] | list[list[int]]:
         """Return the document of a row, or nothing if it is empty.
+
+        Args:
+            row: The row.
+            file: The file that it is from, for messages. None: it is not local.
 
         Raises:
             UserError: The row does not hold what `is_tokenized` says.
@@ -190,13 +234,19 @@ class TableRows:
             return [value]
         if self.is_tokenized and isinstance(value, list) and all(type(i) is int for i in value):
             return [value]
+        name = self.name if file is None or len(self.files) == 1 else file
         found = "text" if isinstance(value, str) else _describe(value)
-        wanted = "lists of token ids" if self.is_tokenized else "text"
-        other = "false" if self.is_tokenized else "true"
-        raise UserError(
-            f"is_tokenized: column '{self.column}' of '{self.name}' holds {found}, not {wanted}; "
-            f"set is_tokenized: {other}, or column_name to another column"
-        )
+        raise UserError(wrong_kind(self.column, name, found, is_tokenized=self.is_tokenized))
+
+
+def wrong_kind(column: str, name: str, found: str, *, is_tokenized: bool) -> str:
+    """Return the message on a column that does not hold what `is_tokenized` says."""
+    wanted = "lists of token ids" if is_tokenized else "text"
+    other = "false" if is_tokenized else "true"
+    return (
+        f"is_tokenized: column '{column}' of '{name}' holds {found}, not {wanted}; "
+        f"set is_tokenized: {other}, or column_name to another column"
+    )
 
 
 def _n_items(documents: Sequence[str | list[int]]) -> int:

@@ -17,6 +17,7 @@ from sparsify.data.documents import TextFiles
 from sparsify.data.sources import open_documents
 from sparsify.data.tokens import START, IdPacker, Pack, Place, TextPacker, TokenSequences
 from sparsify.settings.base_config import UserError
+from sparsify.tlens.tokenizers import bos_token, eos_token
 
 Tokens = Int[Tensor, "batch pos"]
 
@@ -65,13 +66,19 @@ def build_loader(
     )
     if isinstance(documents, TextFiles) and documents.is_small():
         next(sequences.batches())  # raises if there is none
-    return TokenLoader(sequences)
+    return TokenLoader(sequences, documents.found)
 
 
 class TokenLoader:
-    """A `Loader` of token sequences. A thread reads for it while the model trains."""
+    """A `Loader` of token sequences. A thread reads for it while the model trains.
 
-    def __init__(self, sequences: TokenSequences) -> None:
+    Args:
+        sequences: The sequences.
+        found: What was taken for their data, for the log. Empty: what their name says.
+    """
+
+    def __init__(self, sequences: TokenSequences, found: str = "") -> None:
+        self.found = found
         self._sequences = sequences
         self._place = START  # behind the last batch given
         self._next_start = START
@@ -115,12 +122,10 @@ def _packer(
     if config.is_tokenized:
         return IdPacker(config.n_ctx, config.dataset_name, d_vocab)
     tokenizer = check_tokenizer(config, tokenizer, d_vocab)
-    return TextPacker(
-        tokenizer,
-        config.n_ctx,
-        _single_id(tokenizer.eos_token_id),
-        _single_id(tokenizer.bos_token_id) if config.add_bos_token else None,
-    )
+    eos = eos_token(tokenizer)
+    assert eos is not None, "as has been checked"
+    bos = bos_token(tokenizer) if config.add_bos_token else None
+    return TextPacker(tokenizer, config.n_ctx, eos, bos)
 
 
 def check_tokenizer(
@@ -144,25 +149,20 @@ def check_tokenizer(
         raise UserError(
             f"tokenizer_name: '{name}' has no fast version (tokenizer.json); use one that has"
         )
+    if eos_token(tokenizer) is None:
+        raise UserError(
+            f"tokenizer_name: '{name}' has no end-of-text token of its own to put between "
+            f"documents; set eos_token in its tokenizer_config.json, or name another tokenizer"
+        )
+    if config.add_bos_token and bos_token(tokenizer) is None:
+        raise UserError(
+            f"add_bos_token: '{name}' has no BOS token of its own; set add_bos_token: false, or "
+            f"name another tokenizer"
+        )
     largest_id = max(tokenizer.get_vocab().values())
     if d_vocab is not None and largest_id >= d_vocab:
         raise UserError(
             f"tokenizer_name: '{name}' has token ids up to {largest_id}, but the model's "
             f"vocabulary has {d_vocab} ids from 0; use the tokenizer the model was trained with"
         )
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"tokenizer_name: '{name}' has no end-of-text token to put between documents; "
-            f"set its eos_token, or name another tokenizer"
-        )
-    if config.add_bos_token and tokenizer.bos_token_id is None:
-        raise UserError(
-            f"add_bos_token: '{name}' has no BOS token; set add_bos_token: false, or name another "
-            f"tokenizer"
-        )
     return tokenizer
-
-
-def _single_id(token_id: object) -> int:
-    assert isinstance(token_id, int), "transformers allows lists only in generation configs"
-    return token_id

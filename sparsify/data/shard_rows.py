@@ -4,16 +4,30 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
-
-from datasets import IterableDataset
+from typing import Any, Protocol
 
 from sparsify.data.faults import Patience, is_transient
 from sparsify.settings.base_config import UserError
 from sparsify.settings.secrets import one_line
 
 State = dict[str, Any]
-"""State that `datasets` needs to enter a shard again; its contents are its own business."""
+"""State that a shard needs to be entered again; its contents are its own business."""
+
+
+class Shard(Protocol):
+    """Rows that can be resumed, as those of an `IterableDataset`."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Iterate from the first row, or, after `load_state_dict`, from there."""
+        ...
+
+    def state_dict(self) -> State:
+        """Return the place behind the last row given."""
+        ...
+
+    def load_state_dict(self, state_dict: State) -> None:
+        """Let the next iteration resume where `state_dict` was called."""
+        ...
 
 
 class ShardRows:
@@ -28,7 +42,7 @@ class ShardRows:
 
     def __init__(
         self,
-        open_shard: Callable[[], IterableDataset],
+        open_shard: Callable[[], Shard],
         state: State | None,
         name: str,
         file: str | None,
@@ -54,6 +68,8 @@ class ShardRows:
                     patience.reset()
                     yield row
                 return
+            except UserError:
+                raise
             # `datasets` passes on the errors of pyarrow, the file system, the network and its own;
             # all mean that the next row cannot be read.
             except Exception as error:

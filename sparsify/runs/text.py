@@ -55,8 +55,12 @@ def load_eval_batches(config: SAERunConfig, model: TLensModel) -> list[Tensor]:
     """Return the held-out batches, where the model is. Empty if there is no held-out text."""
     if config.eval_data is None:
         return []
+    return take_eval_batches(config, open_text(config, config.eval_data, model), model)
+
+
+def take_eval_batches(config: SAERunConfig, loader: TokenLoader, model: TLensModel) -> list[Tensor]:
+    """Return the first `eval_n_samples` of held-out text, where the model is."""
     n_batches = -(-config.eval_n_samples // config.batch_size)
-    loader = open_text(config, config.eval_data, model)
     device = next(model.parameters()).device
     return [tokens.to(device) for tokens in islice(loader, n_batches)]
 
@@ -90,8 +94,10 @@ def describe_text(
 ) -> str:
     """Return what training text is read; see `check_long_enough` if it is to be counted."""
     if is_counted:
-        return check_long_enough(data, loader, config.n_batches * config.batch_size)
-    return f"{data.dataset_name} {data.split}, sequences of {data.n_ctx} tokens"
+        length = check_long_enough(data, loader, config.n_batches * config.batch_size)
+    else:
+        length = f"{data.dataset_name} {data.split}, sequences of {data.n_ctx} tokens"
+    return f"{length} ({loader.found})"
 
 
 def check_long_enough(data: DataConfig, loader: TokenLoader, n_samples: int) -> str:

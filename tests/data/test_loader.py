@@ -180,10 +180,9 @@ def test_table_with_a_damaged_later_file_is_reported_in_one_line(
     (tmp_path / "table").mkdir()
     Dataset.from_dict({"text": ["X" * 20]}).to_parquet(tmp_path / "table" / "0.parquet")
     (tmp_path / "table" / "1.parquet").write_text("no parquet")
-    loader = build({"dataset_name": str(tmp_path / "table")}, tokenizer)
     message = r"^dataset_name: '.*table.1.parquet', a file of [^\n]*; replace the damaged [^\n]*$"
     with pytest.raises(UserError, match=message):
-        list(loader)
+        build({"dataset_name": str(tmp_path / "table")}, tokenizer)
 
 
 class _Flaky:
@@ -297,7 +296,9 @@ def test_tokenizer_without_the_tokens_that_are_needed_is_rejected(
 ):
     backend = tokenizer.backend_tokenizer
     bare = PreTrainedTokenizerFast(tokenizer_object=backend)
-    assert "has no end-of-text token to put between documents" in refusal(bare)
+    assert "has no end-of-text token of its own to put between documents" in refusal(bare)
     no_bos = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
     message = refusal(no_bos, fields={"add_bos_token": True})
-    assert message.startswith("add_bos_token: 'the model's tokenizer' has no BOS token; set")
+    assert message.startswith(
+        "add_bos_token: 'the model's tokenizer' has no BOS token of its own; set"
+    )

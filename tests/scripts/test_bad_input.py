@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import bad_data
 import bad_files
 import bad_kinds
 import bad_runs
@@ -43,6 +44,7 @@ CASES = {
     **{name: Case(m, s) for name, (s, m) in bad_kinds.KINDS.items()},
     **{name: Case(m, arguments=a) for name, (a, m) in bad_settings.ARGUMENTS.items()},
     **{name: Case(m, s) for name, (s, m) in bad_files.SETTINGS.items()},
+    **{name: Case(m, s) for name, (s, m) in bad_data.DATA.items()},
     **{
         name: Case(m, bad_runs.GOES_ON, arguments=("--resume", f"FILES/{path}", *a))
         for name, (path, a, m) in bad_runs.RESUMED.items()

@@ -163,7 +163,8 @@ class LanguageModelRun(TrainingRun[Tensor]):
         self.eval_loader = self.open_text(data)
         if self.is_trial:
             next(iter(self.eval_loader))  # raises if there is not a batch
-        return f"{data.dataset_name} {data.split}, sequences of {data.n_ctx} tokens"
+        length = f"{data.dataset_name} {data.split}, sequences of {data.n_ctx} tokens"
+        return f"{length} ({self.eval_loader.found})"
 
     def open_text(self, data: DataConfig) -> TokenLoader:
         """Return batches of training or held-out text."""

@@ -19,9 +19,9 @@ from sparsify.runs.text import (
     check_tokenizers,
     describe_text,
     kept_tokens,
-    load_eval_batches,
     on_device,
     open_text,
+    take_eval_batches,
 )
 from sparsify.runs.training_run import OpeningStep, TrainingRun
 from sparsify.scripts.train_tlens_saes.config import Config
@@ -202,12 +202,15 @@ class SAERun(TrainingRun[Tensor]):
     def open_eval_data(self) -> str:
         """Load the held-out text."""
         data = self.config.eval_data
-        self.eval_batches = load_eval_batches(self.config, self.tlens_model)
         if data is None:
+            self.eval_batches = []
             return "null: there is no evaluation"
+        loader = open_text(self.config, data, self.tlens_model)
+        self.eval_batches = take_eval_batches(self.config, loader, self.tlens_model)
         n_samples = sum(map(len, self.eval_batches))
         name = f"{data.dataset_name} {data.split}"
-        return f"{name}: {n_samples:,} samples, eval_n_samples {self.config.eval_n_samples:,}"
+        wanted = f"eval_n_samples {self.config.eval_n_samples:,}"
+        return f"{name}: {n_samples:,} samples, {wanted} ({loader.found})"
 
     def build(self) -> None:
         """Make what trains the SAEs."""
