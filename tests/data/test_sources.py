@@ -1,4 +1,5 @@
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,8 @@ def test_python_stdlib_has_this_library():
 
 @pytest.mark.parametrize("name", ["./no", "/no", "~/no", "a/b/c", "a/b.parquet", "no.txt"])
 def test_missing_path_is_not_looked_for_on_the_hub(name: str):
-    with pytest.raises(UserError, match=f"dataset_name: there is no file or folder '{name}'"):
+    shown = os.path.expanduser(name)
+    with pytest.raises(UserError, match=f"dataset_name: there is no file or folder '{shown}'"):
         read(name)
 
 
