@@ -47,8 +47,8 @@ class SAEActs:
         """Activation that the output replaces, and is to reconstruct."""
         return self.input if self.replaced is None else self.replaced
 
-    def only(self, kept: Bool[Tensor, "batch pos"]) -> "SAEActs":
-        """The rows where `kept` is true, in one dimension."""
+    def only(self, kept: Bool[Tensor, "batch pos"] | slice) -> "SAEActs":
+        """The rows where `kept` is true, in one dimension, or the sequences of a slice."""
         return SAEActs(
             input=self.input[kept],
             c=self.c[kept],

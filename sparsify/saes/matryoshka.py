@@ -7,7 +7,7 @@ elements, that of the first m is trained, for several m,
 
 so that general elements come first and more special ones do not split them. The loss is the sum of
 the errors of all outputs. Where an error is that of the whole model, each output would take a
-spliced pass, so one is drawn for each step.
+spliced pass, so one is drawn for each sequence.
 """
 
 from jaxtyping import Float

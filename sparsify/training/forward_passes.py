@@ -2,10 +2,13 @@
 
 Where SAEs have other outputs that are trained too (a prefix of a dictionary, a second path), errors
 are measured there as well: locally for each of them, in a spliced mix in one more spliced pass with
-one that is drawn.
+one that is drawn for each sequence.
 """
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate, groupby
 
 import torch
 from jaxtyping import Int
@@ -84,17 +87,17 @@ def _with_other_outputs(passes: Passes) -> Passes:
 def _with_other_pass(
     passes: Passes, model: SAETransformer, prefix: Prefix, plan: ForwardPlan
 ) -> Passes:
-    """The passes, and a spliced one with one of the SAEs' other outputs.
+    """The passes, and a spliced one in which each sequence has one of the SAEs' other outputs.
 
-    All are as likely to be drawn. The weight of one is multiplied by their number, so that on
-    average its errors are the weighted sum of those of all. SAEs that are trained switch to it
-    together; a frozen one writes what it does in use.
+    Its weight is the sum of theirs, so that on average its errors are the weighted sum of those of
+    all. SAEs that are trained switch to it together; a frozen one writes what it does in use.
     """
     first = plan.sae_positions[0]
     weights = passes.saes[first].other_weights
     if not weights:
         return passes
-    index = int(torch.randint(len(weights), ())) if len(weights) > 1 else 0
+    start = float(torch.rand(())) if len(weights) > 1 else 0.0
+    drawn = drawn_outputs(weights, len(passes.sae_acts[first].output), start)
 
     def read_other(position: str, act: Tensor, replaced: Tensor | None) -> SAEActs:
         # What comes before the first SAE is the same in both passes, and so is its code.
@@ -104,7 +107,35 @@ def _with_other_pass(
             else model.saes.read(position, act, replaced)
         )
         sae = passes.saes[position]
-        return replace(acts, output=sae.other_output(acts, index)) if sae.is_trained else acts
+        if not sae.is_trained:
+            return acts
+        outputs = [sae.other_output(acts.only(rows), index) for index, rows in drawn]
+        return replace(acts, output=torch.cat(outputs))
 
     other = _with_spliced_pass(passes, model, prefix, plan, read_other)
-    return replace(passes, others=((len(weights) * weights[index], other),))
+    return replace(passes, others=((sum(weights), other),))
+
+
+def drawn_outputs(
+    weights: Sequence[float], n_sequences: int, start: float
+) -> list[tuple[int, slice]]:
+    """Indices of other outputs, each with the neighbouring sequences of a batch that have it.
+
+    The weights stand in turn around a circle, and the sequences at equal steps, from a place that is
+    drawn. So a sequence gets each output with a chance in proportion to its weight, and the batch
+    gets as many of each as it can, which varies less than if each sequence drew for itself.
+
+    Args:
+        weights: Weights of the other outputs.
+        n_sequences: Sequences in the batch.
+        start: Place of the first sequence, drawn from [0, 1).
+    """
+    ends = [end / sum(weights) for end in accumulate(weights)]
+    places = ((start + number / n_sequences) % 1 for number in range(n_sequences))
+    found = [min(bisect_right(ends, place), len(weights) - 1) for place in places]
+    drawn, begin = [], 0
+    for index, group in groupby(found):
+        end = begin + len(list(group))
+        drawn.append((index, slice(begin, end)))
+        begin = end
+    return drawn

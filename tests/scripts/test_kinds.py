@@ -66,7 +66,7 @@ AIDED: dict[str, dict[str, Any]] = {
         "pre_act": {"coeff": 0.1},
     },
     "batch_topk": {"logits_kl": {"coeff": 1.0, "schedule": SCHEDULE}, "aux_k": {"coeff": 0.1}},
-    # Which draws a prefix in each step.
+    # Which draws a prefix for each sequence.
     "matryoshka": {"logits_kl": {"coeff": 1.0, "schedule": SCHEDULE}, "aux_k": {"coeff": 0.1}},
 }
 """The losses of runs with all that helps in training."""

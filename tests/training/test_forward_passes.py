@@ -1,9 +1,11 @@
 """Training steps of SAEs with other outputs, and of transcoders, against plain runs."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
+from statistics import mean, pvariance
 from typing import Any
 
 import pytest
@@ -28,7 +30,7 @@ from sparsify.saes.linear import LinearSAE
 from sparsify.saes.matryoshka import MatryoshkaSAE
 from sparsify.saes.topk import TopKSAE
 from sparsify.settings.base_config import UserError
-from sparsify.training.forward_passes import forward_passes
+from sparsify.training.forward_passes import drawn_outputs, forward_passes
 from sparsify.training.forward_plan import derive_plan
 
 pytestmark = pytest.mark.model
@@ -139,17 +141,23 @@ def plain_e2e(
     return 2.0 * kl + 0.2 * ce + 0.7 * in_to_orig, torch.stack(sparsity).sum()
 
 
+def plain_drawn(sae: SAE, input: Tensor, drawn: Sequence[int]) -> Tensor:
+    """The other outputs, of each sequence the one that is drawn for it."""
+    outputs = {index: plain_other(sae, input, index) for index in set(drawn)}
+    return torch.stack([outputs[index][row] for row, index in enumerate(drawn)])
+
+
 def assert_is_main_plus_drawn(model: SAETransformer, tokens: Tensor, kind: str) -> None:
-    """Compare a step with two plain passes, of which it drew the second."""
+    """Compare a step with two plain passes, of which it drew the outputs of the second."""
     losses, passes = run(model, tokens, E2E)
     total, _ = total_loss(losses, passes)
     actual = gradients(total, model.saes)
     ((weight, _),) = passes.others
-    assert weight == len(WEIGHTS[kind]) * WEIGHTS[kind][0]
+    assert weight == sum(WEIGHTS[kind])
     n_fitting = 0
-    for index in range(len(WEIGHTS[kind])):
+    for drawn in product(range(len(WEIGHTS[kind])), repeat=len(tokens)):
         errors, sparsity = plain_e2e(model, tokens, lambda sae, act: sae(act).output)
-        others, _ = plain_e2e(model, tokens, partial(plain_other, index=index))
+        others, _ = plain_e2e(model, tokens, partial(plain_drawn, drawn=drawn))
         expected = errors + 0.3 * sparsity + weight * others
         if total.item() == pytest.approx(expected.item(), rel=1e-5):
             n_fitting += 1
@@ -190,16 +198,54 @@ def test_other_outputs_train_what_has_row_sparse_gradients(
     assert_is_main_plus_drawn(model, tokens[:1, :3], kind)
 
 
-def test_each_prefix_is_drawn_as_often(tiny_model: Any, tokens: Tensor):
-    model = build(tiny_model, CONFIGS["matryoshka"], RESID)
-    n_drawn, sae = Counter(), model.saes.at(RESID[0])
-    for _ in range(30):
-        _, passes = run(model, tokens, {"in_to_orig": E2E["in_to_orig"]})
-        acts, other_acts = (part.sae_acts[RESID[0]] for part in (passes, passes.others[0][1]))
-        outputs = [sae.other_output(acts, index) for index in range(3)]
-        n_drawn[[other_acts.output.equal(output) for output in outputs].index(True)] += 1
-    # Each is expected 10 times, with a standard deviation of 2.6.
-    assert all(3 < n_drawn[index] < 17 for index in range(3))
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [
+        # Places 0, 1/4, 1/2 and 3/4; the thirds end at 1/3 and 2/3.
+        (0.0, [(0, slice(0, 2)), (1, slice(2, 3)), (2, slice(3, 4))]),
+        # 0.9, 0.15, 0.4 and 0.65.
+        (0.9, [(2, slice(0, 1)), (0, slice(1, 2)), (1, slice(2, 4))]),
+    ],
+)
+def test_outputs_are_drawn_around_a_circle(start: float, expected: list[tuple[int, slice]]):
+    assert drawn_outputs([1.0, 1.0, 1.0], 4, start) == expected
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, 1.0, 1.0], [0.5, 3.0, 1.5]])
+def test_each_sequence_gets_each_output_by_its_weight(weights: list[float]):
+    n_starts = 400
+    counts = [Counter[int]() for _ in range(5)]
+    for number in range(n_starts):
+        for index, rows in drawn_outputs(weights, 5, (number + 0.5) / n_starts):
+            for count in counts[rows]:
+                count[index] += 1
+    for count in counts:
+        shares = [count[index] / n_starts for index in range(len(weights))]
+        assert shares == pytest.approx([weight / sum(weights) for weight in weights], abs=0.01)
+
+
+def test_draws_are_unbiased_and_vary_less_than_one_for_all(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+):
+    model = build(tiny_model, CONFIGS["matryoshka"], RESID).double()
+    mix = {"in_to_orig": E2E["in_to_orig"]}
+
+    def value(tokens: Tensor, drawn: list[tuple[int, slice]]) -> float:
+        monkeypatch.setattr(f"{forward_passes.__module__}.drawn_outputs", lambda *_: drawn)
+        losses, passes = run(model, tokens, mix)
+        return total_loss(losses, passes)[0].item()
+
+    # Sequences at steps of 1/6 on thirds: the draw changes every 1/6.
+    draws = [drawn_outputs([1.0, 1.0, 1.0], 6, (part + 0.5) / 6) for part in range(6)]
+    variances = []
+    for tokens in torch.randint(64, (5, 6, 6)):
+        # Each is the main error and three times that of one prefix.
+        one_for_all = [value(tokens, [(index, slice(0, 6))]) for index in range(3)]
+        values = [value(tokens, drawn) for drawn in draws]
+        assert mean(values) == pytest.approx(mean(one_for_all), rel=1e-12)
+        variances.append((pvariance(values), pvariance(one_for_all)))
+    drawn_each, drawn_once = map(mean, zip(*variances, strict=True))
+    assert drawn_each < 0.5 * drawn_once
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
