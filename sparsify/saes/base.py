@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -39,6 +40,9 @@ class SAE(nn.Module, ABC):
     row_sparse_grads: bool = False
     """Gradients of matrices may be sparse COO tensors, which hold the rows of active elements
     alone. The optimizer must take them, as that of `build_adam` does."""
+
+    is_fitted: ClassVar[bool] = False
+    """`fit` sets what is used outside training, such as a threshold. Call it before such use."""
 
     other_weights: tuple[float, ...] = ()
     """Weight of each other output that is trained to stand in for the activation, such as that of
@@ -79,6 +83,9 @@ class SAE(nn.Module, ABC):
 
     def learn_from(self, acts: SAEActs) -> None:
         """Learn from a training batch what no gradient teaches."""
+
+    def fit(self, inputs: Float[Tensor, "some d_act"]) -> None:
+        """Fit what is used outside training to the weights, and to inputs as they are now."""
 
     def project_gradients(self) -> None:
         """Remove from the gradients what the constraints would undo. Before each step."""

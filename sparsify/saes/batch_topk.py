@@ -4,12 +4,18 @@
         batch, zero elsewhere
     output = D c + b_dec
 
-So a token gets as many elements as it needs. Outside training a token must not depend on others: in
-eval mode c keeps the entries above a threshold, the running mean of the smallest entry that was
-kept in training. A training loop calls `learn_from` with each batch to move it. While the smallest
-entries still fall the mean lags behind them, and fewer than k elements are active in eval mode: up
-to 15 % fewer were seen in the middle of a run, 3 % at its end.
+So a token gets as many elements as it needs. Outside training a token must not depend on others:
+in eval mode c keeps the entries above a threshold. It has to fit the weights, which move, and one
+batch is too few tokens to say where it must lie. So a training loop calls `fit` with the inputs of
+many tokens before the SAE is evaluated or saved: as many of their entries are above it as active
+in training. Between two fits the threshold is the smallest entry kept in the last training batch,
+which leaves some per cent more or fewer elements active.
+
+The papers and other libraries take a running mean of that smallest entry, over a hundred batches or
+more. It lags behind the weights: with k 39, 18 elements were active after 200 batches.
 """
+
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -19,8 +25,8 @@ from torch import Tensor
 from sparsify.saes.acts import SAEActs
 from sparsify.saes.linear import LinearSAE
 
-THRESHOLD_DECAY = 0.99
-"""Decay of the running mean, which thus follows the last hundred batches."""
+FIT_ROWS = 1024
+"""Inputs whose pre-activations exist at a time while the threshold is fitted."""
 
 
 def are_largest(values: Float[Tensor, "*sample n_dict"], n: int) -> Bool[Tensor, "*sample n_dict"]:
@@ -49,6 +55,8 @@ class BatchTopKSAE(LinearSAE):
         k: Elements active on a token, on average.
     """
 
+    is_fitted: ClassVar[bool] = True
+
     threshold: Tensor
     """Entries above it are kept in eval mode. Below zero: nothing has been learned yet."""
 
@@ -68,12 +76,25 @@ class BatchTopKSAE(LinearSAE):
 
     @torch.no_grad()
     def learn_from(self, acts: SAEActs) -> None:
-        """Move the threshold towards the smallest entry of a training batch."""
+        """Set the threshold to the smallest entry of a training batch, if it has one."""
         if acts.c.numel() == 0:
             return
-        # Infinite if no entry is positive, which the running mean then leaves out.
         smallest = acts.c.where(acts.c > 0, torch.inf).amin()
-        mean = torch.where(
-            self.threshold < 0, smallest, self.threshold.lerp(smallest, 1 - THRESHOLD_DECAY)
-        )
-        self.threshold.copy_(torch.where(smallest.isfinite(), mean, self.threshold))
+        self.threshold.copy_(torch.where(smallest.isfinite(), smallest, self.threshold))
+
+    @torch.no_grad()
+    def fit(self, inputs: Float[Tensor, "some d_act"]) -> None:
+        """Set the threshold so that on average k elements are active on a token of `inputs`.
+
+        If fewer entries are positive, all of these are.
+        """
+        if len(inputs) == 0:
+            return
+        n = self.k * len(inputs)
+        largest = inputs.new_empty(0)
+        for rows in inputs.split(FIT_ROWS):
+            pre_acts = self.affine(self.centred(rows))
+            largest = torch.cat([largest, pre_acts.flatten()])
+            # One more than are active: the threshold is the first entry that is not.
+            largest = largest.topk(min(n + 1, len(largest)), sorted=False).values
+        self.threshold.copy_(largest.amin().clamp(min=0) if len(largest) > n else torch.zeros(()))

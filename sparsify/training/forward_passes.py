@@ -121,9 +121,9 @@ def drawn_outputs(
 ) -> list[tuple[int, slice]]:
     """Indices of other outputs, each with the neighbouring sequences of a batch that have it.
 
-    The weights stand in turn around a circle, and the sequences at equal steps, from a place that is
-    drawn. So a sequence gets each output with a chance in proportion to its weight, and the batch
-    gets as many of each as it can, which varies less than if each sequence drew for itself.
+    The weights stand in turn around a circle, and the sequences at equal steps, from a place that
+    is drawn. So a sequence gets each output with a chance in proportion to its weight, and a batch
+    as many of each as it can.
 
     Args:
         weights: Weights of the other outputs.

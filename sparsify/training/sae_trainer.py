@@ -18,6 +18,7 @@ from sparsify.training.config import DeadElementsConfig, ResamplingConfig, Train
 from sparsify.training.dead_elements import DeadElements, resample
 from sparsify.training.finite import check_gradient
 from sparsify.training.optimizers import build_adam
+from sparsify.training.recent_batches import RecentBatches
 from sparsify.training.steps import build_stepper
 
 Batch = TypeVar("Batch")
@@ -28,6 +29,7 @@ class SAEBatchLoss(BatchLoss):
     """Loss of a batch, and the passes that it was computed from."""
 
     passes: Passes
+    batch: Any  # whatever the trainer's batches are
 
     parts: list[MeanLoss]
     """Parts of the total, which say over how many tokens or predictions they are means."""
@@ -74,6 +76,7 @@ class SAETrainer(Generic[Batch]):
         self.is_watched = device.type == "cpu"
         """Whether every number is checked. Training would wait for a GPU at each."""
         self.coefficients = Coefficients(losses, self.trained, config.n_samples, device)
+        self.recent = RecentBatches(self.trained, forward, config.batch_size)
         self.dead = dead_elements and DeadElements(dead_elements, saes)
         self.resampling = resampling
         self.resampling_due = Every(resampling and resampling.every_n_samples)
@@ -92,7 +95,7 @@ class SAETrainer(Generic[Batch]):
             passes = self.dead.marked(passes)
         parts, terms = mean_losses(self.losses, passes, self.coefficients.factor)
         total = sum((part.mean for part in parts), torch.zeros(()))
-        return SAEBatchLoss(total, terms, passes, parts)
+        return SAEBatchLoss(total, terms, passes, batch, parts)
 
     def learn_from(self, loss: SAEBatchLoss, n_samples: int) -> None:
         """Take a batch's gradient, an optimizer step if one is due, and what no gradient teaches.
@@ -107,6 +110,7 @@ class SAETrainer(Generic[Batch]):
         self.n_samples += n_samples
         for position, sae in self.trained.items():
             sae.learn_from(loss.passes.sae_acts[position])
+        self.recent.add(loss.batch)
         if self.dead is not None:
             self.dead.update(loss.passes)
         if grad_norm is None:
@@ -114,6 +118,13 @@ class SAETrainer(Generic[Batch]):
         self.coefficients.update(loss.passes, self.n_samples)
         if self.resampling is not None and self.resampling_due.due(self.n_samples):
             self._resample(self.resampling, loss.passes)
+
+    def fit(self) -> None:
+        """Fit what SAEs use outside training, such as thresholds, to their weights.
+
+        Before each evaluation and each save, in training mode.
+        """
+        self.recent.fit()
 
     def metrics(self, loss: SAEBatchLoss) -> dict[str, float]:
         """Numbers of a batch under the names that are logged; terms without their coefficients."""
@@ -132,6 +143,7 @@ class SAETrainer(Generic[Batch]):
         return {
             "coefficients": self.coefficients.state_dict(),
             "dead": self.dead and self.dead.state_dict(),
+            "recent": self.recent.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], n_samples: int) -> None:
@@ -140,6 +152,7 @@ class SAETrainer(Generic[Batch]):
         self.coefficients.load_state_dict(state["coefficients"])
         if self.dead is not None:
             self.dead.load_state_dict(state["dead"])
+        self.recent.load_state_dict(state.get("recent", []))  # older versions kept none
         # It is asked after optimizer steps alone, and the checkpoint may lie between two.
         n_stepped = n_samples - n_samples % self.config.samples_per_step
         self.resampling_due = Every(self.resampling_due.period, n_stepped)

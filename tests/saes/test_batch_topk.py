@@ -44,14 +44,48 @@ def learn(sae: BatchTopKSAE, pre_acts: Tensor) -> Tensor:
     return c
 
 
-def test_the_threshold_is_the_running_mean_of_the_smallest_kept_entry():
+def test_the_threshold_is_the_smallest_entry_kept_in_the_last_batch():
     sae = tiny_sae()
     learn(sae, torch.tensor([[3.0, 1.0, 0.0], [2.0, 0.5, 0.0]]))  # keeps 3 and 2
     assert sae.threshold.item() == 2.0
     learn(sae, torch.tensor([[5.0, 4.0, 3.0], [1.0, 0.0, 0.0]]))  # keeps 5 and 4
-    assert sae.threshold.item() == pytest.approx(0.99 * 2 + 0.01 * 4)
+    assert sae.threshold.item() == 4.0
     learn(sae, torch.tensor([[7.0, -4.0, -3.0], [-1.0, -2.0, 0.0]]))  # 7 alone is positive
-    assert sae.threshold.item() == pytest.approx(0.99 * 2.02 + 0.01 * 7)
+    assert sae.threshold.item() == 7.0
+
+
+def test_a_fit_keeps_as_many_entries_as_training():
+    sae = tiny_sae()
+    # Centred inputs (2, 5), (1, 0.5) and (4, 1), pre-activations (2, 5, 3), (1, 0.5, -2.5) and
+    # (4, 1, 1). The 1 * 3 largest are 5, 4 and 3, and the largest that is not active is 2.
+    inputs = torch.tensor([[3.0, 7.0], [2.0, 2.5], [5.0, 3.0]])
+    sae.fit(inputs)
+    assert sae.threshold.item() == 2.0
+    assert torch.equal(sae.eval().encode(inputs) > 0, sae.train().encode(inputs) > 0)
+
+
+def test_a_fit_in_parts_is_that_of_all_entries(monkeypatch: pytest.MonkeyPatch):
+    sae, inputs = BatchTopKSAE(d_act=8, n_dict=32, k=3), torch.randn(50, 8)
+    monkeypatch.setattr("sparsify.saes.batch_topk.FIT_ROWS", 7)
+    sae.fit(inputs)
+    entries = sae.affine(inputs - sae.decoder.bias).flatten().sort(descending=True).values
+    assert sae.threshold == entries[3 * 50]
+    assert sae.eval().encode(inputs).count_nonzero() == 3 * 50
+
+
+@pytest.mark.parametrize("k", [9, 12])
+def test_a_fit_to_too_few_positive_entries_keeps_these(k: int):
+    sae, inputs = BatchTopKSAE(d_act=4, n_dict=12, k=k), torch.randn(20, 4)
+    sae.fit(inputs)
+    assert sae.threshold == 0.0
+    pre_acts = sae.affine(inputs - sae.decoder.bias)
+    assert torch.equal(sae.eval().encode(inputs) > 0, pre_acts > 0)
+
+
+def test_a_fit_to_nothing_changes_nothing():
+    sae = tiny_sae()
+    sae.fit(torch.empty(0, 2))
+    assert sae.threshold.item() == -1.0
 
 
 @pytest.mark.parametrize("n_batches", [0, 1])

@@ -82,7 +82,9 @@ class SAERun(TrainingRun[Tensor]):
             if due.evaluate:
                 session.log(self.evaluate())
             if due.save:
+                self.trainer.fit()
                 session.save()
+        self.trainer.fit()  # for the last checkpoint, which is saved next
 
     def batch_loss(self, batch: Tensor) -> SAEBatchLoss:
         """Return the loss of a batch of tokens."""
@@ -96,6 +98,7 @@ class SAERun(TrainingRun[Tensor]):
         """Return the metrics of held-out text, or nothing if they are logged already."""
         if not self.eval_batches or self.n_samples_evaluated == self.n_samples:
             return {}
+        self.trainer.fit()
         self.n_samples_evaluated = self.n_samples
         self.evaluation = evaluate(self.model, self.eval_batches, kept=self.kept)
         return self.evaluation.metrics()
@@ -286,5 +289,16 @@ class SAERun(TrainingRun[Tensor]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned after `n_samples`."""
         self.n_samples_evaluated = state["n_samples_evaluated"]
+        self._check_recent(state.get("recent", []))
         self.firing.load_state_dict(state["firing"], self.n_samples)
         self.trainer.load_state_dict(state, self.n_samples)
+
+    def _check_recent(self, batches: list[Tensor]) -> None:
+        """Raise a `ValueError` if recent batches of a state are not batches of this run."""
+        shape = (self.config.batch_size, self.config.train_data.n_ctx)
+        n_ids = self.tlens_model.cfg.d_vocab
+        for tokens in batches:
+            if tokens.shape != shape or tokens.dtype != torch.int64:
+                raise ValueError(f"a recent batch is {tuple(tokens.shape)}, {tokens.dtype}")
+            if tokens.min() < 0 or tokens.max() >= n_ids:
+                raise ValueError(f"a recent batch holds ids beyond the vocabulary of {n_ids}")
