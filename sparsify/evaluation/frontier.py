@@ -108,6 +108,51 @@ def reached(xs: Sequence[float], ys: Sequence[float], x: float) -> float | None:
     return None
 
 
+def common_seeds(curves: Curves) -> list[int]:
+    """Seeds that all mixes have."""
+    return sorted(set.intersection(*map(set, curves.values()))) if curves else []
+
+
+def common_range(curves: Curves, value: Callable[[Point], float]) -> tuple[float, float] | None:
+    """The widest range of a value that the curves of all mixes with one seed have. None: none."""
+    ranges = []
+    for seed in common_seeds(curves):
+        of_mixes = [[value(point) for point in seeds[seed]] for seeds in curves.values()]
+        low, high = max(map(min, of_mixes)), min(map(max, of_mixes))
+        if low <= high:
+            ranges.append((low, high))
+    return max(ranges, key=lambda ends: ends[1] - ends[0], default=None)
+
+
+def levels(
+    curves: Curves, value: Callable[[Point], float], round_numbers: Sequence[float]
+) -> list[float]:
+    """Levels of a value at which to compare curves: round ones in the range of all their points.
+
+    If all curves have none of these in common, but a part of the range, its middle is one, too.
+
+    Args:
+        curves: Curves to compare.
+        value: What is read of a point. Levels are positive.
+        round_numbers: From 1 to below 10. Each times every power of ten is round.
+    """
+    values = [
+        v for seeds in curves.values() for c in seeds.values() for v in map(value, c) if v > 0
+    ]
+    if not values:
+        return []
+    low, high = min(values), max(values)
+    powers = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
+    candidates = [float(f"{number}e{power}") for power in powers for number in round_numbers]
+    found = [level for level in candidates if low <= level <= high]
+    common = common_range(curves, value)
+    if common is not None and common[0] > 0:
+        begin, end = common
+        if not any(begin <= level <= end for level in found):
+            found.append(min(max(math.sqrt(begin * end), begin), end))
+    return sorted(found)
+
+
 def _on_line(start: tuple[float, float], end: tuple[float, float], at: float) -> float:
     """The second coordinate where the first is `at`, on a line that is straight in logarithms.
 

@@ -242,12 +242,54 @@ def test_kinds_have_curves_of_their_own(sae_settings: dict[str, Any], tmp_path: 
     ]  # fmt: skip
 
 
+def scaled(mix: str, seed: int, ce_increase: float, kl: float) -> list[Point]:
+    """A curve of two points, of which the second has a third of the CE increase and KL."""
+    return [
+        Point(mix, seed, 2.0, l0=10.0, alive=100, ce_increase=ce_increase, kl=kl),
+        Point(mix, seed, 1.0, l0=40.0, alive=100, ce_increase=ce_increase / 3, kl=kl / 3),
+    ]
+
+
+def test_levels_are_those_of_the_data():
+    # CE increases of 0.88 to 2.64 and of 0.8 to 2.4.
+    found = curves_of([*scaled("local", 0, 2.64, 0.03), *scaled("e2e", 0, 2.4, 0.024)])
+    rows = frontier.frontier_rows(found)
+    assert [row["at_ce_increase"] for row in rows] == [1.0, 1.5, 2.0]
+    at_kl = [line for line in frontier.frontier_tables(found) if line.startswith("| 0.0")]
+    assert [line.split(" | ")[0] for line in at_kl] == ["| 0.01", "| 0.015", "| 0.02"]
+
+
+def test_curves_between_round_levels_are_compared_in_the_middle_of_what_they_share():
+    # 0.52 to 0.58 and 0.54 to 0.595.
+    found = curves_of(
+        [
+            Point(mix, 0, l0, l0=l0, alive=10, ce_increase=ce_increase, kl=ce_increase)
+            for mix, ce_increases in (("local", (0.58, 0.52)), ("e2e", (0.595, 0.54)))
+            for l0, ce_increase in zip((11.0, 14.0), ce_increases, strict=True)
+        ]
+    )
+    (row,) = frontier.frontier_rows(found)
+    assert row["at_ce_increase"] == pytest.approx(math.sqrt(0.54 * 0.58))
+    assert any(line.startswith("| 0.5596 | ") for line in frontier.frontier_tables(found))
+
+
+def test_mixes_without_a_common_seed_are_said_to_have_none():
+    lines = frontier.frontier_tables(
+        curves_of([*scaled("e2e", 1, 2.4, 0.3), *scaled("local", 7, 2.4, 0.3)])
+    )
+    why = "the mixes have no seed in common, so there is nothing to compare."
+    assert f"L0 at equal KL: {why}" in lines
+    assert "- e2e: seeds 1, KL 0.1 to 0.3" in lines
+
+
 def test_mixes_that_meet_nowhere_are_said_to():
     lines = frontier.frontier_tables(
-        curves_of([*points("e2e", 1.0), Point("local", 7, 1.0, 9.0, 8, 3.0, 2.0)])
+        curves_of([*scaled("e2e", 0, 2.4, 0.3), *scaled("local", 0, 2.4, 6.0)])
     )
-    assert "L0: at no level all mixes have a common seed to be compared." in lines
-    assert "- e2e: seeds 0, 1, L0 10.0 to 80.0, CE increase 0.100 to 0.400" in lines
+    assert lines[0] == "| at CE increase | L0 local | L0 e2e | e2e ÷ local | seeds |"
+    why = "of no seed the curves of all mixes have a KL in common, so there is nothing to compare."
+    assert f"L0 at equal KL: {why}" in lines
+    assert "- local: seeds 0, KL 2 to 6" in lines
 
 
 @pytest.mark.slow

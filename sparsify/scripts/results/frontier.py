@@ -1,7 +1,7 @@
 """The frontier of finished runs: what each mix of losses needs to come as far as the others."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,9 +14,12 @@ from sparsify.evaluation.frontier import (
     Spread,
     alive_needed,
     ce_reached,
+    common_range,
+    common_seeds,
     curves_of,
     l0_needed,
     l0_needed_for_kl,
+    levels,
     read_all,
     spread,
 )
@@ -33,10 +36,14 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
 
 MIXES = ("local", "e2e", "e2e-local", "e2e-downstream")
-CE_LEVELS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8, 1.0)
-"""CE increases, and KLs, at which mixes are compared, where their curves come to them."""
-L0_LEVELS = (5.0, 10.0, 20.0, 30.0, 40.0, 60.0, 80.0, 120.0, 160.0, 240.0)
-"""L0s at which mixes are compared."""
+LOSS_LEVELS = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
+L0_LEVELS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+COMPARED_AT: dict[str, tuple[Callable[[Point], float], Sequence[float]]] = {
+    "CE increase": (lambda point: point.ce_increase, LOSS_LEVELS),
+    "KL": (lambda point: point.kl, LOSS_LEVELS),
+    "L0": (lambda point: point.l0, L0_LEVELS),
+}
+"""Numbers at equal values of which mixes are compared, and which of their values are round."""
 
 MAY_DIFFER = {
     "seed",
@@ -134,7 +141,7 @@ def point_of(name: str, config: SAERunConfig, run: Path) -> Point | None:
 def frontier_rows(curves: Curves) -> list[Row]:
     """Mean L0 that each mix needs at the same CE increase, where all that there are come to it."""
     rows: list[Row] = []
-    for level in CE_LEVELS:
+    for level in levels(curves, *COMPARED_AT["CE increase"]):
         values = read_all(curves, partial(l0_needed, ce_increase=level))
         n_seeds = min(map(len, values.values()), default=0)
         if n_seeds > 0:
@@ -148,50 +155,52 @@ def frontier_rows(curves: Curves) -> list[Row]:
 
 def frontier_tables(curves: Curves) -> list[str]:
     """Tables of what each mix needs at equal CE increase or KL, and reaches at equal L0."""
-    at_ce = [(f"{level:g}", partial(l0_needed, ce_increase=level)) for level in CE_LEVELS]
-    at_kl = [(f"{level:g}", partial(l0_needed_for_kl, kl=level)) for level in CE_LEVELS]
-    alive = [(f"{level:g}", partial(alive_needed, ce_increase=level)) for level in CE_LEVELS]
-    at_l0 = [(f"{level:g}", partial(ce_reached, l0=level)) for level in L0_LEVELS]
     return [
-        *_table(curves, "at CE increase", "L0", at_ce),
+        *_table(curves, "CE increase", "L0", l0_needed),
         "",
-        *_table(curves, "at KL", "L0", at_kl),
+        *_table(curves, "KL", "L0", l0_needed_for_kl),
         "",
-        *_table(curves, "at CE increase", "alive", alive),
+        *_table(curves, "CE increase", "alive", alive_needed),
         "",
-        *_table(curves, "at L0", "CE increase", at_l0),
+        *_table(curves, "L0", "CE increase", ce_reached),
     ]
 
 
 def _table(
-    curves: Curves, at: str, what: str, reads: Iterable[tuple[str, Callable[[Curve], float | None]]]
+    curves: Curves, at: str, what: str, read: Callable[[Curve, float], float | None]
 ) -> list[str]:
     """Spreads over seeds by mix, and of the ratios to the first, where there is one in each."""
     first, *others = mixes = _mixes(curves)
     rows = []
-    for level, read in reads:
-        values = read_all(curves, read)
+    for level in levels(curves, *COMPARED_AT[at]):
+        values = read_all(curves, lambda curve, level=level: read(curve, level))
         if all(values.values()) and min(values[first]) > 0:
             ratios = [
                 [a / b for a, b in zip(values[mix], values[first], strict=True)] for mix in others
             ]
             spreads = map(spread, [*(values[mix] for mix in mixes), *ratios])
-            rows.append([level, *map(str, spreads), str(len(values[first]))])
+            rows.append([f"{level:.4g}", *map(str, spreads), str(len(values[first]))])
     ratio_names = [f"{mix} ÷ {first}" for mix in others]
-    header = [at, *(f"{what} {mix}" for mix in mixes), *ratio_names, "seeds"]
-    return markdown_table(header, rows) if rows else _ranges(curves, what)
+    header = [f"at {at}", *(f"{what} {mix}" for mix in mixes), *ratio_names, "seeds"]
+    return markdown_table(header, rows) if rows else _why_nothing(curves, at, what)
 
 
-def _ranges(curves: Curves, what: str) -> list[str]:
+def _why_nothing(curves: Curves, at: str, what: str) -> list[str]:
     """Why there is nothing to compare."""
-    lines = [f"{what}: at no level all mixes have a common seed to be compared."]
+    value, _ = COMPARED_AT[at]
+    if not common_seeds(curves):
+        reason = "the mixes have no seed in common"
+    elif common_range(curves, value) is None:
+        reason = f"of no seed the curves of all mixes have a {at} in common"
+    else:
+        reason = f"between its points, no curve of some mix has {what} to read"
+    lines = [f"{what} at equal {at}: {reason}, so there is nothing to compare."]
     for mix in _mixes(curves):
         seeds = curves[mix]
-        points = [point for curve in seeds.values() for point in curve]
-        l0, ce = [point.l0 for point in points], [point.ce_increase for point in points]
+        found = [value(point) for curve in seeds.values() for point in curve]
         lines.append(
-            f"- {mix}: seeds {', '.join(map(str, sorted(seeds)))}, L0 {min(l0):.1f} to "
-            f"{max(l0):.1f}, CE increase {min(ce):.3f} to {max(ce):.3f}"
+            f"- {mix}: seeds {', '.join(map(str, sorted(seeds)))}, {at} {min(found):.4g} to "
+            f"{max(found):.4g}"
         )
     return lines
 
