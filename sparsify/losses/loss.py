@@ -92,6 +92,21 @@ class LossConfig(BaseConfig):
         return {name: term for name, term in fields.items() if term is not None}
 
 
+def why_dense(losses: LossConfig, sae: SAEConfig) -> str | None:
+    """Say why SAEs are not trained to be sparse. None: their kind, or the loss, sees to it.
+
+    It may be meant, as in a control, so it is a warning and no error.
+    """
+    sparsity = losses.sparsity
+    if sae.n_active is not None or (sparsity is not None and sparsity.coeff > 0):
+        return None
+    setting = "loss.sparsity is null" if sparsity is None else "loss.sparsity.coeff is 0"
+    return (
+        f"{setting}, so nothing makes SAEs of kind '{sae.kind}' sparse; set loss.sparsity.coeff, "
+        "or take a kind with saes.k"
+    )
+
+
 def check_loss_suits_kind(losses: LossConfig, sae: SAEConfig) -> None:
     """Raise a `ValueError` if a term has no meaning for SAEs of this kind."""
     with_thresholds = kinds_where(lambda kind: kind.has_thresholds)

@@ -65,6 +65,26 @@ def take_eval_batches(config: SAERunConfig, loader: TokenLoader, model: TLensMod
     return [tokens.to(device) for tokens in islice(loader, n_batches)]
 
 
+def seen_in_training(config: SAERunConfig) -> str | None:
+    """Return a warning if the text of evaluations is that of training. None: it is another.
+
+    Text that is the same under another name or in other files is not found.
+    """
+    train, held_out = config.train_data, config.eval_data
+    if held_out is None:
+        return None
+    if any(
+        getattr(train, name) != getattr(held_out, name)
+        for name in ("dataset_name", "subset", "split")
+    ):
+        return None
+    return (
+        f"eval_data is the text that is trained on ('{train.dataset_name}', split "
+        f"'{train.split}'), so that what was learned by heart counts as good; name another split "
+        "or data set"
+    )
+
+
 def on_device(tokens: Tensor, device: torch.device) -> Tensor:
     """Return tokens where a model is, without waiting for what a GPU has still to do."""
     # From memory that is not pinned, a copy to a GPU would wait for all that it has to do.

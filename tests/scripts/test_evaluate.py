@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sparsify.runs.config import SAERunConfig
+from sparsify.runs.text import seen_in_training
 from sparsify.scripts.evaluate import evaluate_runs
 from sparsify.scripts.evaluate.run_evaluate import main
 
@@ -85,6 +87,65 @@ def test_checkpoints_are_evaluated_and_compared(
     assert f"{POSITION} 1 3 1.000 100.0 % 1.000" in printed
 
 
+def with_settings(run: Path, *changes: tuple[str, str]) -> Path:
+    """Change the config of a run, each where it stands first."""
+    config = run / "final_config.yaml"
+    text = config.read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new, 1)
+    config.write_text(text)
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_runs_of_other_seeds_are_evaluated_on_the_text_of_the_first(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    seeded = with_settings(
+        Path(shutil.copytree(run_dir, tmp_path / "seeded")), ("\nseed: 0\n", "\nseed: 5\n")
+    )
+    shorter = with_settings(
+        Path(shutil.copytree(run_dir, tmp_path / "shorter")),
+        *[("n_ctx: 16", "n_ctx: 12")] * 2,  # of train_data and eval_data
+    )
+    assert main([str(run_dir), str(seeded), str(shorter)]) == 0
+    found = [
+        json.loads((run / "evaluation.json").read_text())["metrics"]["performance/eval/ce_loss_raw"]
+        for run in (run_dir, seeded, shorter)
+    ]
+    assert found[1] == found[0] != found[2]
+    out, err = capsys.readouterr()
+    assert "its eval_data.n_ctx is 12, not 16; what depends on the text cannot be compared" in err
+    table = out[out.index("side by side") :].splitlines()
+    assert [line.split()[0] for line in table[1:4]] == ["1", "2", "3"]
+    rows = [line.split() for line in table[6:9]]
+    assert [row[:3] for row in rows] == [
+        [str(place), POSITION, f"{ce:.4f}"] for place, ce in enumerate(found, start=1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_same"),
+    [
+        ({}, False),
+        ({"split": "train"}, True),
+        ({"split": "train", "subset": "other"}, False),
+        ({"split": "train", "n_ctx": 8, "seed": 3}, True),
+    ],
+)
+def test_text_that_is_trained_on_is_found(
+    changes: dict[str, Any], is_same: bool, sae_settings: dict[str, Any]
+):
+    eval_data = {**sae_settings["train_data"], "split": "validation", **changes}
+    config = SAERunConfig.model_validate(
+        {name: value for name, value in sae_settings.items() if name in SAERunConfig.model_fields}
+        | {"eval_data": eval_data, "train_data": {**sae_settings["train_data"], "split": "train"}}
+    )
+    assert (seen_in_training(config) is not None) == is_same
+
+
 def permute(checkpoint: Path) -> None:
     """Put the elements of a checkpoint's SAE into another order."""
     weights = load_file(checkpoint)
@@ -132,7 +193,7 @@ def test_ctrl_c_leaves_what_is_done_and_no_half_of_a_file(
     assert main([str(run_dir), str(other), "--n_samples", "4"]) == 130
     assert (run_dir / "evaluation.json").exists()
     assert {path.name for path in other.iterdir()} == before
-    assert capsys.readouterr().err == "interrupted\n"
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
 
 
 # Bad input. Nothing may be written, nor evaluated, so an error of the last run is found first.

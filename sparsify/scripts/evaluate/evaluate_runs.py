@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -14,11 +14,17 @@ from sparsify.evaluation.suite import evaluate_suite
 from sparsify.evaluation.suite_results import Suite
 from sparsify.evaluation.suite_table import format_similarities, format_suite
 from sparsify.runs.config import SAERunConfig
+from sparsify.runs.console import say
 from sparsify.runs.run_folder import EVALUATION_FILE, write_text
 from sparsify.runs.saved import model_identity
-from sparsify.runs.text import kept_tokens, load_eval_batches
+from sparsify.runs.text import kept_tokens, load_eval_batches, seen_in_training
 from sparsify.runs.weight_files import WEIGHTS_NAME, checkpoint_at, load_weights
 from sparsify.scripts.evaluate.saved_runs import SavedRun
+from sparsify.scripts.evaluate.side_by_side import (
+    format_side_by_side,
+    on_text_of,
+    why_on_own_text,
+)
 from sparsify.settings.base_config import UserError
 from sparsify.settings.terminal import report
 from sparsify.splicing.sae_dict import position_of
@@ -39,7 +45,7 @@ class EvaluationTarget:
 
 
 def evaluate_runs(runs: Sequence[SavedRun], compare_to: Path | None) -> None:
-    """Evaluate runs one after the other; print and write what comes out.
+    """Evaluate runs one after the other, on the text of the first; print and write what comes out.
 
     Args:
         runs: What to evaluate.
@@ -50,14 +56,19 @@ def evaluate_runs(runs: Sequence[SavedRun], compare_to: Path | None) -> None:
     """
     targets = [find_target(run) for run in runs]
     pairs = [] if compare_to is None else comparable_pairs(targets)
+    targets = on_one_text(targets)
     dictionaries: list[dict[str, Tensor]] = []
+    suites: list[Suite] = []
     for target in targets:
         report(f"{target.path}\n")
         suite, elements = evaluate_checkpoint(target)
         dictionaries.append(elements)
+        suites.append(suite)
         content = {"checkpoint": target.path.name} | suite.to_json()
         write_text(target.result, json.dumps(content, indent=1) + "\n")
         report(f"{format_suite(suite)}\n\nwritten to {target.result}\n")
+    if len(targets) > 1:
+        report(f"{format_side_by_side([str(target.path) for target in targets], suites)}\n")
     if compare_to is not None:
         compare(targets, dictionaries, pairs, compare_to)
 
@@ -74,6 +85,32 @@ def find_target(run: SavedRun) -> EvaluationTarget:
         raise UserError(f"{path}: is not a checkpoint; give a samples_{{N}}.safetensors of the run")
     name = EVALUATION_FILE if run.path.is_dir() else f"evaluation_{match[1]}.json"
     return EvaluationTarget(path, run.config, run.device, path.parent / name)
+
+
+def on_one_text(targets: Sequence[EvaluationTarget]) -> list[EvaluationTarget]:
+    """The targets, to be evaluated on the text of the first, except where that cannot be.
+
+    A warning says which are not, and which have trained on the text.
+    """
+    first = targets[0]
+    found = [first]
+    for target in targets[1:]:
+        reason = why_on_own_text(first.config, target.config)
+        if identity(target) != identity(first):
+            reason = "it is of another model"
+        if reason is None:
+            config = on_text_of(first.config, target.config)
+            found.append(replace(target, config=config))
+        else:
+            say(
+                f"warning: {target.path} is evaluated on its own text, not on that of "
+                f"{first.path}, as {reason}; what depends on the text cannot be compared"
+            )
+            found.append(target)
+    for target in found:
+        if (warning := seen_in_training(target.config)) is not None:
+            say(f"warning: {target.path}: {warning}")
+    return found
 
 
 def comparable_pairs(targets: Sequence[EvaluationTarget]) -> list[Pair]:

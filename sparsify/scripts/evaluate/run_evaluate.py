@@ -39,9 +39,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(
         prog=program_name(),
-        description="Evaluate trained SAEs on the held-out text of their runs. The result is "
-        "printed, and written into the run's folder: evaluation.json, or for a checkpoint "
-        "evaluation_{N}.json.",
+        description="Evaluate trained SAEs on the held-out text of their runs; several on that of "
+        "the first, with a table side by side. The result is printed, and written into the run's "
+        "folder: evaluation.json, or for a checkpoint evaluation_{N}.json.",
         allow_abbrev=False,
     )
     parser.add_argument(

@@ -9,6 +9,7 @@ from torch import Tensor
 from sparsify.evaluation.evaluate import evaluate
 from sparsify.evaluation.results import Evaluation
 from sparsify.evaluation.table import format_table
+from sparsify.losses.loss import why_dense
 from sparsify.losses.passes import Passes
 from sparsify.runs.console import say
 from sparsify.runs.plots import plot_training
@@ -21,6 +22,7 @@ from sparsify.runs.text import (
     kept_tokens,
     on_device,
     open_text,
+    seen_in_training,
     take_eval_batches,
 )
 from sparsify.runs.training_run import OpeningStep, TrainingRun
@@ -178,12 +180,8 @@ class SAERun(TrainingRun[Tensor]):
         if self.config.eval_data is not None:
             hooked.check_unembedding()
         self.plan = plan = derive_plan(self.model, self.config.loss)
-        saes = self.config.saes
-        if self.config.loss.sparsity is None and saes.code_has_gradient and saes.n_active is None:
-            say(
-                f"warning: loss.sparsity is null, so nothing makes SAEs of kind '{saes.kind}' "
-                "sparse; set loss.sparsity.coeff, or take a kind with saes.k"
-            )
+        if (reason := why_dense(self.config.loss, self.config.saes)) is not None:
+            say(f"warning: {reason}")
         terms = " + ".join(self.config.loss.terms())
         last = max(plan.raw_stop, plan.spliced_stop)
         end = f"of {hooked.n_blocks} blocks, {last} are run"
@@ -208,6 +206,8 @@ class SAERun(TrainingRun[Tensor]):
         if data is None:
             self.eval_batches = []
             return "null: there is no evaluation"
+        if (warning := seen_in_training(self.config)) is not None:
+            say(f"warning: {warning}")
         loader = open_text(self.config, data, self.tlens_model)
         self.eval_batches = take_eval_batches(self.config, loader, self.tlens_model)
         n_samples = sum(map(len, self.eval_batches))
