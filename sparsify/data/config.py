@@ -28,7 +28,8 @@ class DataConfig(BaseConfig):
     subset: Name | None = None
     """Name of a part of a hub dataset (its "config"). null: the dataset has no parts."""
     split: Name = "train"
-    """`train` or `validation` of `python-stdlib`; of other data, whatever splits they have."""
+    """`train` or `validation` of `python-stdlib`; of other data, whatever splits they have. 8 % of
+    that validation split is repeated from training (`sparsify/data/python_stdlib.py`)."""
     streaming: bool = True
     """Read tables piece by piece as they are needed. False downloads and caches them first, which
     also lets documents be shuffled over the whole table instead of over its files."""

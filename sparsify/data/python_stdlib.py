@@ -1,7 +1,9 @@
 """The built-in text: the standard library of the Python that runs this.
 
 A file belongs to a split by a hash of its path, so that it stays there on every machine and no
-validation file is ever trained on.
+validation file is ever trained on. The library repeats itself, though: 8 % of the words of the
+validation split lie in runs of 30 words or more that the training split has, too (copies of a
+grammar, tables of encodings), and one of its files is the same as a training file (Python 3.11).
 """
 
 import hashlib
