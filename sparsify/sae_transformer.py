@@ -232,8 +232,16 @@ class SAETransformer(nn.Module, TLensNames):
         return self
 
     @staticmethod
-    def from_local_path(path: str | Path, device: str = "cpu") -> "SAETransformer":
+    def from_local_path(
+        path: str | Path, device: str = "cpu", *, trust_remote_code: bool = False
+    ) -> "SAETransformer":
         """The model of a run folder, with its newest checkpoint, or of one checkpoint in it.
+
+        Args:
+            path: The folder or checkpoint.
+            device: Where to put the model.
+            trust_remote_code: Whether Python code that comes with the run's model on the hub may
+                be executed. The run cannot say so itself.
 
         Raises:
             UserError: There is no run, checkpoint or device, or they do not fit together.
@@ -241,7 +249,8 @@ class SAETransformer(nn.Module, TLensNames):
         # `runs` builds on this module, which knows it only here, for the name that users type.
         from sparsify.runs.saved import load_run
 
-        return load_run(Path(with_home(str(path))), device)
+        path = Path(with_home(str(path)))
+        return load_run(path, device, trust_remote_code=trust_remote_code)
 
     def splice_hooks(
         self,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import (
     BeforeValidator,
     Discriminator,
+    Field,
     Tag,
     create_model,
     field_validator,
@@ -111,8 +112,9 @@ class SAETransformerConfig(BaseConfig):
     tlens_model_processing: Literal["folded", "raw"] = "folded"
     """folded: layer norms folded into the weights and the weights centred, as TransformerLens does
     by default. raw: weights as they are. The activations differ."""
-    trust_remote_code: bool = False
-    """Whether Python code that comes with tlens_model_name on the hub may be executed."""
+    trust_remote_code: Annotated[bool, Field(exclude=True)] = False
+    """Whether Python code that comes with tlens_model_name on the hub may be executed. Only the
+    command line can say so, each time: it is neither read from a file nor saved."""
     saes: SAEsConfig
     """SAEs of one kind, and where they sit."""
 

@@ -17,6 +17,7 @@ from sparsify.runs.weight_files import (
 )
 from sparsify.sae_transformer import SAETransformer
 from sparsify.settings.base_config import UserError, read_yaml, validate_config
+from sparsify.settings.files import open_regular
 from sparsify.splicing.sae_dict import position_of
 from sparsify.tlens.hook_names import matching_hook_names
 from sparsify.tlens.hooked_model import TLensModel
@@ -73,8 +74,15 @@ def add_saes(tlens_model: TLensModel, config: SAETransformerConfig) -> SAETransf
     return model
 
 
-def load_run(path: Path, device: str) -> SAETransformer:
-    """Return the model of a run folder at its newest checkpoint, or at the one that `path` is."""
+def load_run(path: Path, device: str, *, trust_remote_code: bool = False) -> SAETransformer:
+    """Return the model of a run folder at its newest checkpoint, or at the one that `path` is.
+
+    Args:
+        path: The folder or checkpoint.
+        device: Where to put the model.
+        trust_remote_code: Whether Python code that comes with the run's model on the hub may be
+            executed.
+    """
     checkpoint = checkpoint_at(path)
     if match := STATE_NAME.fullmatch(checkpoint.name):
         weights = weights_path(checkpoint.parent, int(match[1]))
@@ -87,7 +95,7 @@ def load_run(path: Path, device: str) -> SAETransformer:
     config = validate_config(SAETransformerConfig, content, str(config_path))
     # The checkpoint holds all SAEs, so what the run started from is not needed.
     saes = config.saes.model_copy(update={"pretrained_sae_paths": None})
-    config = config.model_copy(update={"saes": saes})
+    config = config.model_copy(update={"saes": saes, "trust_remote_code": trust_remote_code})
     model = build_sae_transformer(config, device)
     loaded = load_saes(model, checkpoint, model_identity(config))
     if missing := sorted(set(model.raw_sae_positions) - set(loaded)):
@@ -104,8 +112,8 @@ def load_saes(model: SAETransformer, path: Path, identity: dict[str, str]) -> li
         UserError: The checkpoint was made in another model, or an SAE of it has no counterpart of
             the same shape.
     """
-    weights = load_weights(path)
     check_identity(path, load_metadata(path), identity)
+    weights = load_weights(path)
     keys = list(dict.fromkeys(name.split(".")[0] for name in weights))
     for key in keys:
         if key not in model.saes:
@@ -143,8 +151,9 @@ def model_identity(config: SAETransformerConfig) -> dict[str, str]:
 
 
 def _digest(path: Path) -> str:
+    load_metadata(path)  # which tells a file of weights, before all is read
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
     except OSError as error:
         raise UserError(

@@ -1,6 +1,7 @@
 """Configs: frozen pydantic models, read from YAML and written to it."""
 
 import difflib
+import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, LiteralString, Self, TypeVar, cast, get_args
@@ -102,6 +103,10 @@ AnyConfig = TypeVar("AnyConfig", bound=BaseConfig)
 TAG_MARK = "="
 """Beginning of the tags of a union's members, which are not a part of a setting's name."""
 
+TRUST = "trust_remote_code"
+"""Setting that only the command line or an argument can set, and no file: a file that could grant
+it would grant it to itself."""
+
 _MAX_SHOWN = 300
 
 _UNKNOWN_KEY = ("extra_forbidden", "invalid_key")  # that is text, and that is not
@@ -130,7 +135,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file.
 
     Raises:
-        UserError: There is no such file, or it is not a YAML mapping.
+        UserError: There is no such file, it is not a YAML mapping, or it trusts somebody's code.
     """
     try:
         content = parse_yaml(read_text(path))
@@ -141,7 +146,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         kind = "nothing" if content is None else type(content).__name__
         raise UserError(f"{path}: holds {kind}, not 'key: value' lines")
+    if content.get(TRUST, False) is not False:
+        raise UserError(f"{path}: {not_from_a_file()}")
     return content
+
+
+def not_from_a_file() -> str:
+    """Return why a file that sets `TRUST` is refused, and what to do."""
+    return (
+        f"{TRUST}: no file can allow code to be executed; remove the line and, if you trust the "
+        f"authors of the model, give --{TRUST} true on the command line ({TRUST}=True in Python)"
+    )
 
 
 def dump_yaml(config: BaseConfig, *, is_shown: bool = False) -> str:

@@ -42,10 +42,12 @@ from typing import Any, Literal, Self
 from pydantic import model_validator
 
 from sparsify.settings.base_config import (
+    TRUST,
     BaseConfig,
     Count,
     Name,
     UserError,
+    not_from_a_file,
     read_yaml,
     validate_config,
 )
@@ -203,6 +205,8 @@ def load_sweep(path: Path, scripts: Iterable[Script], overrides: Sequence[str] =
             label = [path.stem, name, *(f"{key}={settings[key]}" for key in varied)]
             options = options_of(shared)
             options |= {key: [_option(key, value)] for key, value in (changes | settings).items()}
+            if any(o.startswith(f"--{TRUST}") for o in itertools.chain(*options.values())):
+                raise UserError(f"{path}: {not_from_a_file()}")
             options |= overriding
             arguments = [recipe, *itertools.chain(*options.values())]
             jobs.append(_checked_job(path, " ".join(filter(None, label)), script, arguments))

@@ -3,6 +3,7 @@
 Only this module, `hooked_model.py` and `native_model.py` know TransformerLens versions.
 """
 
+import os
 import textwrap
 from itertools import chain
 from pathlib import Path
@@ -53,8 +54,8 @@ def load_hooked_model(
         trust_remote_code: Whether Python code that comes with a model of the hub may be executed.
 
     Raises:
-        UserError: There is no such model, folder or device, or the model needs code that is not
-            trusted.
+        UserError: There is no such model, folder or device, the model needs code that is not
+            trusted, or its name is also that of a folder.
     """
     device = resolve_device(device)
     folder = path or BUNDLED_MODELS.get(name or "")
@@ -133,6 +134,7 @@ def build_bridge(
 
 
 def _load_by_name(name: str, processing: Processing, trust_remote_code: bool) -> TLensModel:
+    _check_is_no_path(name)
     try:
         if TLENS_HAS_HOOKED_TRANSFORMER:
             from transformer_lens import HookedTransformer
@@ -193,6 +195,33 @@ def models_of_tlens() -> list[str]:
         return []
 
 
+def _check_is_no_path(name: str) -> None:
+    """See that a model is not taken from the working directory, with whatever somebody put there.
+
+    TransformerLens and transformers look there first, for the name or that which it stands for.
+    """
+    for path in (name, *_official_names(name)):
+        if os.path.lexists(path):  # unlike pathlib, also for a name that no path can have
+            raise UserError(
+                f"tlens_model_name: '{path}' is also a file or folder in '{os.getcwd()}', which "
+                "would be loaded in place of the model of that name; rename it or work in another "
+                "folder. A model of a folder is named by tlens_model_path"
+            )
+
+
+def _official_names(name: str) -> list[str]:
+    """Return the names on the hub that TransformerLens may take `name` for."""
+    try:
+        from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
+    except ImportError:  # a version that knows no other names
+        return []
+    return [
+        official
+        for official in {*OFFICIAL_MODEL_NAMES, *MODEL_ALIASES}
+        if name.lower() in map(str.lower, [official, *MODEL_ALIASES.get(official, ())])
+    ]
+
+
 def _check_needs_no_code(name: str) -> None:
     from transformer_lens.loading_from_pretrained import (
         NEED_REMOTE_CODE_MODELS,
@@ -203,5 +232,6 @@ def _check_needs_no_code(name: str) -> None:
     if get_official_model_name(name).startswith((*NEED_REMOTE_CODE_MODELS, "microsoft/phi")):
         raise UserError(
             f"tlens_model_name: '{name}' may bring Python code, which TransformerLens would "
-            "execute; set trust_remote_code to true if you trust its authors"
+            "execute; if you trust its authors, give --trust_remote_code true on the command line "
+            "(trust_remote_code=True in Python)"
         )

@@ -152,7 +152,11 @@ def identity(target: EvaluationTarget) -> tuple[str, str]:
 def evaluate_checkpoint(target: EvaluationTarget) -> tuple[Suite, dict[str, Tensor]]:
     """All that is measured, and the alive elements of each dictionary."""
     config = target.config
-    model = SAETransformer.from_local_path(target.path, resolve_device(target.device))
+    model = SAETransformer.from_local_path(
+        target.path,
+        resolve_device(target.device),
+        trust_remote_code=config.trust_remote_code,
+    )
     batches = load_eval_batches(config, model.tlens_model)
     suite = evaluate_suite(model, batches, kept=kept_tokens(config, model.tlens_model))
     elements = {

@@ -25,7 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         options = parse(argv)
         check_compare(options.compare, options.runs)
-        runs = find_runs(options.runs, options.n_samples, options.device)
+        runs = find_runs(
+            options.runs, options.n_samples, options.device, options.trust_remote_code == "true"
+        )
 
         from sparsify.scripts.evaluate.evaluate_runs import evaluate_runs
 
@@ -62,6 +64,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=("auto", "cpu", "cuda", "mps"),
         default="auto",
         help="where to compute; auto: a CUDA GPU if torch sees one (auto)",
+    )
+    parser.add_argument(
+        "--trust_remote_code",
+        choices=("true", "false"),
+        default="false",
+        help="execute Python code that comes with the runs' models on the hub (false)",
     )
     parser.add_argument(
         "--compare",

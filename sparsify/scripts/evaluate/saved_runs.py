@@ -25,13 +25,16 @@ class SavedRun:
     """Device to evaluate it on, or auto."""
 
 
-def find_runs(paths: Sequence[Path], n_samples: int | None, device: str) -> list[SavedRun]:
+def find_runs(
+    paths: Sequence[Path], n_samples: int | None, device: str, trust_remote_code: bool = False
+) -> list[SavedRun]:
     """The runs at some paths, to be evaluated on `n_samples` sequences on `device`.
 
     Args:
         paths: Run folders and checkpoints.
         n_samples: Sequences. None: as many as the run's config says.
         device: As in the config of a run.
+        trust_remote_code: As on the command line of a run.
 
     Raises:
         UserError: There is no run at a path, it has no text to be evaluated on, or is named twice.
@@ -54,6 +57,9 @@ def find_runs(paths: Sequence[Path], n_samples: int | None, device: str) -> list
                 f"{folder / CONFIG_FILE}: has no eval_data, so there is no text to evaluate on; "
                 "set it there"
             )
-        n_eval = {"eval_n_samples": n_samples or config.eval_n_samples}
-        runs[path.resolve()] = SavedRun(path, config.model_copy(update=n_eval), device)
+        changes = {
+            "eval_n_samples": n_samples or config.eval_n_samples,
+            "trust_remote_code": trust_remote_code,
+        }
+        runs[path.resolve()] = SavedRun(path, config.model_copy(update=changes), device)
     return list(runs.values())
