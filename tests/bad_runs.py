@@ -35,7 +35,7 @@ RESUMED: dict[str, tuple[str, tuple[str, ...], str]] = {
     "state of another script": (
         "other_state",
         (),
-        "was not written by this version of the script (KeyError: 'stepper'); use the",
+        "state_24.pt: does not fit this run: state.firing is missing; use the version of the",
     ),
     "state is a list": ("list_state", (), "state_24.pt: holds list, not a training state"),
     "state is a pickle": ("pickle_state", (), "state_24.pt: needs the pickled code 'posix.system'"),

@@ -1,6 +1,6 @@
 """Batches of any kind: the interface of a training loop to its data, and tensors in memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -9,7 +9,22 @@ from torch import Tensor
 
 from sparsify.settings.base_config import UserError
 
+MAX_COUNT = 2**63
+"""Numbers below are what NumPy can count."""
+
 Batch_co = TypeVar("Batch_co", covariant=True)
+
+
+def saved_count(state: Mapping[str, Any], name: str) -> int:
+    """Return a number of things that a loader has saved.
+
+    Raises:
+        ValueError: It is not there, or no such number.
+    """
+    value = state.get(name)
+    if type(value) is not int or not 0 <= value < MAX_COUNT:
+        raise ValueError(f"loader.{name} is {type(value).__name__}, or not from 0 to {MAX_COUNT}")
+    return value
 
 
 class Loader(Protocol[Batch_co]):
@@ -86,7 +101,7 @@ class TensorBatches:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next iteration resume where `state_dict` was called."""
-        self._n_given = self._next_start = state["n_given"]
+        self._n_given = self._next_start = saved_count(state, "n_given")
 
     def close(self) -> None:
         """Do nothing: there is nothing to let go of."""

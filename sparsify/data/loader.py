@@ -12,12 +12,16 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from sparsify.data.batches import saved_count
 from sparsify.data.config import DataConfig
 from sparsify.data.documents import TextFiles
 from sparsify.data.sources import open_documents
 from sparsify.data.tokens import START, IdPacker, Pack, Place, TextPacker, TokenSequences
 from sparsify.settings.base_config import UserError
 from sparsify.tlens.tokenizers import bos_token, eos_token
+
+MAX_STATE_PARTS = 10_000
+"""More than the state has in which `datasets` remembers a place. One that holds itself has more."""
 
 Tokens = Int[Tensor, "batch pos"]
 
@@ -66,20 +70,24 @@ def build_loader(
     )
     if isinstance(documents, TextFiles) and documents.is_small():
         next(sequences.batches())  # raises if there is none
-    return TokenLoader(sequences, documents.found)
+    return TokenLoader(sequences, documents.found, d_vocab)
 
 
 class TokenLoader:
     """A `Loader` of token sequences. A thread reads for it while the model trains.
 
     Args:
-        sequences: The sequences.
+        sequences: Where they come from.
         found: What was taken for their data, for the log. Empty: what their name says.
+        d_vocab: Number of token ids that the model knows. None: not checked.
     """
 
-    def __init__(self, sequences: TokenSequences, found: str = "") -> None:
+    def __init__(
+        self, sequences: TokenSequences, found: str = "", d_vocab: int | None = None
+    ) -> None:
         self.found = found
         self._sequences = sequences
+        self._d_vocab = d_vocab
         self._place = START  # behind the last batch given
         self._next_start = START
         self._iteration: Callable[[], Generator[Tokens, None, None] | None] = lambda: None
@@ -106,14 +114,61 @@ class TokenLoader:
         return asdict(self._place)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next iteration resume where `state_dict` was called."""
-        self._place = self._next_start = Place(**state)
+        """Let the next iteration resume where `state_dict` was called.
+
+        Raises:
+            ValueError: The state is not a place in such data.
+        """
+        counts = ("epoch", "block", "n_skipped", "n_given")
+        position, remainder = state["position"], state["remainder"]
+        _check_position(position, is_text=isinstance(self._sequences.documents, TextFiles))
+        self._check_remainder(remainder)
+        self._place = self._next_start = Place(
+            **{name: saved_count(state, name) for name in counts},
+            position=position,
+            remainder=remainder,
+        )
+
+    def _check_remainder(self, remainder: object) -> None:
+        n_ids = self._d_vocab or 2**31
+        if not isinstance(remainder, list) or not all(
+            type(token) is int and 0 <= token < n_ids for token in remainder
+        ):
+            raise ValueError(f"loader.remainder is not a list of token ids below {n_ids:,}")
 
     def _iterate(self, start: Place) -> Generator[Tokens, None, None]:
         with closing(self._sequences.batches(start)) as batches:
             for place, sequences in batches:
                 self._place = place
                 yield torch.from_numpy(sequences.astype(np.int64))
+
+
+def _check_position(position: object, *, is_text: bool) -> None:
+    """See that a position in documents is one: what is done, and how far the next one is read."""
+    if position is None:
+        return
+    if not isinstance(position, list) or len(position) != 2:
+        raise ValueError("loader.position is not a list of two")
+    saved_count({"position": position[0]}, "position")
+    if is_text:
+        saved_count({"position": position[1]}, "position")
+    elif position[1] is not None and not _is_plain_dict(position[1]):
+        raise ValueError("loader.position has no plain state of a table")
+
+
+def _is_plain_dict(value: object) -> bool:
+    """Return whether a value is a dict of plain data, and not too many of them."""
+    left, n_seen = [value], 0
+    while left and n_seen <= MAX_STATE_PARTS:
+        part = left.pop()
+        n_seen += 1
+        if isinstance(part, dict):
+            left += [*part.keys(), *part.values()]
+        elif isinstance(part, list):
+            left += part
+        elif part is not None and not isinstance(part, str | int | float):
+            return False
+    return isinstance(value, dict) and not left
 
 
 def _packer(

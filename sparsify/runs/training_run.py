@@ -16,7 +16,9 @@ from sparsify.data.batches import Loader
 from sparsify.runs.checkpoints import Checkpoint
 from sparsify.training.batch_loss import BatchLoss
 from sparsify.training.config import TrainingConfig
+from sparsify.training.finite import check_weights
 from sparsify.training.random_state import get_random_state, set_random_state
+from sparsify.training.state_check import MisfitError, check_like
 from sparsify.training.steps import GradientStepper
 
 if TYPE_CHECKING:  # a session holds the run, and the run's loop is handed the session
@@ -145,9 +147,21 @@ class TrainingRun(ABC, Generic[Batch]):
         }
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint of the run."""
-        state = checkpoint.state
-        self.n_samples = checkpoint.n_samples
+        """Continue from a checkpoint of the run.
+
+        Raises:
+            MisfitError: Its state is not one that this run can have after so many samples.
+        """
+        state, n_samples = checkpoint.state, checkpoint.n_samples
+        check_like(state, {**self.state_dict(), "stepper": {}, "loader": {}, "random": {}}, "state")
+        n_batches, n_more = divmod(n_samples, self.config.batch_size)
+        n_steps, n_in_step = divmod(n_batches, self.config.n_accumulation_steps)
+        expected = {"n_steps": n_steps, "n_batches_in_step": n_in_step}
+        found = {name: state["stepper"].get(name) for name in expected}
+        if n_more or found != expected:
+            raise MisfitError(f"stepper has {found}, which do not belong to {n_samples} samples")
+        check_weights(checkpoint.weights.values(), n_samples)
+        self.n_samples = n_samples
         self.trained.load_state_dict(checkpoint.weights)
         self.stepper.load_state_dict(state["stepper"])
         self.loader.load_state_dict(state["loader"])

@@ -55,5 +55,5 @@ class FiringWindows:
         """Go on from what `state_dict` returned after `n_samples`."""
         self.is_open = state["is_open"]
         self.begins = Every(self.begins.period, n_samples)
-        for position, content in state["counters"].items():
-            self.counters[position].load_state_dict(content)
+        for position, counter in self.counters.items():
+            counter.load_state_dict(state["counters"][position])

@@ -9,7 +9,21 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Muon, Optimizer
 from torch.optim.adam import adam
 
+from sparsify.training.state_check import (
+    MisfitError,
+    check_like,
+    check_tensor,
+    describe,
+    require,
+)
+
 BLOCK_LISTS = {"blocks", "layers"}
+
+STATE_NAMES: dict[type[Optimizer], set[str]] = {
+    Adam: {"step", "exp_avg", "exp_avg_sq"},
+    Muon: {"momentum_buffer"},
+}
+"""What an optimizer keeps for a parameter that it has moved."""
 
 BLOCK_NUMEL = 2**21
 """Weights that move at a time under a row-sparse gradient, which is dense for so long. A matrix of
@@ -109,6 +123,59 @@ class RowSparseAdam(Adam):
             )
             dense.index_fill_(0, within, 0)
         state["step"] += 1
+
+
+def checked_state(optimizer: Optimizer, saved: object, n_steps: int, entry: str) -> dict[int, Any]:
+    """Return the state of an optimizer by the number of the parameter, if it fits its parameters.
+
+    Tensors are new, and laid out in memory as the parameters: the fused kernels rely on that.
+
+    Args:
+        optimizer: The one that will load it.
+        saved: What was its `state_dict()`. Its settings are not read: they are those of the config.
+        n_steps: Steps that it can have taken.
+        entry: Name of the part.
+
+    Raises:
+        MisfitError: It does not fit.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    check_like(saved, {"state": {}, "param_groups": [{"params": None} for _ in groups]}, entry)
+    assert isinstance(saved, dict), "which has just been seen"
+    for group, own in zip(saved["param_groups"], groups, strict=True):
+        if group["params"] != own["params"]:
+            raise MisfitError(f"{entry}.param_groups has other parameters, or in another order")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    checked = {}
+    for number, found in saved["state"].items():
+        place = f"{entry}.state.{describe(number)}"
+        is_known = type(number) is int and number in range(len(parameters))
+        require(is_known, number, "the number of a parameter", place)
+        checked[number] = _checked_entries(optimizer, found, parameters[number], n_steps, place)
+    return checked
+
+
+def _checked_entries(
+    optimizer: Optimizer, found: object, parameter: Tensor, n_steps: int, entry: str
+) -> dict[str, Tensor]:
+    require(isinstance(found, dict), found, "a dict", entry)
+    assert isinstance(found, dict)
+    for kind, names in STATE_NAMES.items():
+        if isinstance(optimizer, kind):
+            require(found.keys() == names, sorted(map(str, found)), str(sorted(names)), entry)
+    checked = {}
+    for name, value in found.items():
+        place = f"{entry}.{name}"
+        if name == "step":
+            step = check_tensor(value, torch.zeros((), dtype=torch.float32), place).item()
+            require(0 <= step <= n_steps, step, f"0 to {n_steps}", place)
+            checked[name] = torch.tensor(step)
+            continue
+        tensor = check_tensor(value, parameter, place)
+        if name == "exp_avg_sq":
+            require(bool((tensor >= 0).all()), tensor, "no negative numbers", place)
+        checked[name] = torch.empty_like(parameter).copy_(tensor)
+    return checked
 
 
 def _loss_of(closure: Callable[[], float] | None) -> float | None:

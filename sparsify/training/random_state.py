@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from sparsify.training.state_check import check_like, require
+
 
 def set_seed(seed: int) -> None:
     """Seed the generators of Python, NumPy and torch on every device."""
@@ -30,12 +32,20 @@ def get_random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put the generators where `get_random_state` found them."""
+    """Put the generators where `get_random_state` found them.
+
+    Raises:
+        MisfitError: The state is not of these generators.
+    """
+    check_like(state, get_random_state(), "random")
     version, words, gaussian = state["python"]
     random.setstate((version, tuple(words), gaussian))
     name, keys, *position = state["numpy"]
+    # NumPy does not look, and would read beyond the words.
+    require(position[0] <= len(keys), position[0], f"at most {len(keys)}", "random.numpy")
     words = keys.numpy().astype(np.uint32)
     np.random.set_state((name, words, *position))  # noqa: NPY002
-    torch.set_rng_state(state["torch"])
+    # Torch reads the memory of these as it comes, whatever their strides.
+    torch.set_rng_state(state["torch"].contiguous())
     if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state_all([words.contiguous() for words in state["cuda"]])

@@ -11,9 +11,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from sparsify.losses.total import MeanLoss
-from sparsify.training.accumulation import GradientMean, add_gradients
+from sparsify.training.accumulation import GradientMean, add_gradients, merge_rows
 from sparsify.training.config import TrainingConfig
+from sparsify.training.optimizers import checked_state
 from sparsify.training.schedules import build_lr_schedulers
+from sparsify.training.state_check import (
+    check_like,
+    check_tensor,
+    describe,
+    is_count,
+    require,
+)
 
 
 class Constrained(Protocol):
@@ -161,7 +169,6 @@ class GradientStepper:
         """Return the state that the next steps depend on, except the parameters, in plain data."""
         return {
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
             "gradients": [gradient for mean in self._means for gradient in mean.gradients],
             "n_items": [(mean.n_first, mean.n_items) for mean in self._means],
             "n_batches_in_step": self._n_batches_in_step,
@@ -169,22 +176,80 @@ class GradientStepper:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
-        for optimizer, content in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(content)
-        for scheduler, content in zip(self.schedulers, state["schedulers"], strict=True):
-            scheduler.load_state_dict(content)
-            # Otherwise the next step would be by the schedule of the run that was saved.
+        """Continue from what `state_dict` returned.
+
+        Only what training changes is read: settings and schedule are those of this run.
+
+        Raises:
+            MisfitError: The state does not fit optimizers or parameters; nothing has been loaded.
+        """
+        n_steps, n_batches = state["n_steps"], state["n_batches_in_step"]
+        require(is_count(n_steps), n_steps, "a number of steps", "stepper.n_steps")
+        is_part = is_count(n_batches) and n_batches < self.n_accumulation_steps
+        expected = f"less than {self.n_accumulation_steps}"
+        require(is_part, n_batches, expected, "stepper.n_batches_in_step")
+        counts = state["n_items"]
+        is_of_items = isinstance(counts, list) and all(map(_are_counts, counts)) and counts
+        require(bool(is_of_items), counts, "numbers of items", "stepper.n_items")
+        parameters = self.parameters * len(counts)
+        check_like(state["gradients"], [None] * len(parameters), "stepper.gradients")
+        check_like(state["optimizers"], [{}] * len(self.optimizers), "stepper.optimizers")
+        gradients = [
+            checked_gradient(gradient, parameter, f"stepper.gradients.{index}")
+            for index, (gradient, parameter) in enumerate(
+                zip(state["gradients"], parameters, strict=True)
+            )
+        ]
+        states = [
+            checked_state(optimizer, saved, n_steps, f"stepper.optimizers.{index}")
+            for index, (optimizer, saved) in enumerate(
+                zip(self.optimizers, state["optimizers"], strict=True)
+            )
+        ]
+
+        for optimizer, content in zip(self.optimizers, states, strict=True):
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": content, "param_groups": groups})
+        for scheduler in self.schedulers:
+            scheduler.last_epoch = n_steps
             for index, group in enumerate(scheduler.optimizer.param_groups):
-                factor = scheduler.lr_lambdas[index](scheduler.last_epoch)
-                group["lr"] = scheduler.base_lrs[index] * factor
-        gradients = iter(state["gradients"])
-        self._means = [GradientMean(self.parameters) for _ in state["n_items"]]
-        for mean, counts in zip(self._means, state["n_items"], strict=True):
-            mean.n_first, mean.n_items = counts
-            mean.gradients = [
-                None if gradient is None else gradient.to(parameter)
-                for parameter, gradient in zip(self.parameters, gradients, strict=False)
-            ]
-        self._n_batches_in_step = state["n_batches_in_step"]
-        self.n_steps = state["n_steps"]
+                group["lr"] = scheduler.base_lrs[index] * scheduler.lr_lambdas[index](n_steps)
+        self._means = [GradientMean(self.parameters) for _ in counts]
+        rest = iter(gradients)
+        for mean, (n_first, n_items) in zip(self._means, counts, strict=True):
+            mean.n_first, mean.n_items = n_first, n_items
+            mean.gradients = [next(rest) for _ in self.parameters]
+        self._n_batches_in_step = n_batches
+        self.n_steps = n_steps
+
+
+def _are_counts(pair: object) -> bool:
+    """Return whether a pair is the items of the first batch, and those of all."""
+    if not (isinstance(pair, tuple) and len(pair) == 2 and all(map(is_count, pair))):
+        return False
+    return pair[0] <= pair[1] and (pair[0] > 0) == (pair[1] > 0)
+
+
+def checked_gradient(found: object, parameter: Tensor, entry: str) -> Tensor | None:
+    """Return a saved gradient where its parameter is, if it fits it: dense, or sparse in rows.
+
+    Raises:
+        MisfitError: It does not.
+    """
+    if found is None:
+        return None
+    if not (type(found) is Tensor and found.layout is torch.sparse_coo):
+        return torch.empty_like(parameter).copy_(check_tensor(found, parameter, entry))
+    is_of_rows = found.shape == parameter.shape and found.sparse_dim() == 1
+    require(is_of_rows, found, f"rows of {describe(parameter)}", entry)
+    rows, values = found._indices(), found._values()
+    n_rows, *width = len(found), *parameter.shape[1:]
+    like = torch.zeros((1, rows.shape[1]), dtype=torch.int64)
+    check_tensor(rows, like, f"{entry}.indices")
+    check_tensor(values, parameter.new_empty((rows.shape[1], *width)), f"{entry}.values")
+    require(bool((rows < n_rows).all()), found, f"indices below {n_rows}", entry)
+    # Whether rows are in order, which kernels rely on, is seen here again.
+    gradient = torch.sparse_coo_tensor(
+        rows.contiguous(), values.contiguous(), parameter.shape, check_invariants=True
+    )
+    return merge_rows(gradient.to(parameter.device))

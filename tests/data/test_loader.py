@@ -302,3 +302,47 @@ def test_tokenizer_without_the_tokens_that_are_needed_is_rejected(
     assert message.startswith(
         "add_bos_token: 'the model's tokenizer' has no BOS token of its own; set"
     )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(
+            {name: value}
+            for name in ("epoch", "block", "n_skipped", "n_given")
+            for value in (-1, "1")
+        ),
+        *({"epoch": True}, {"block": 2**63}, {"n_given": 1.0}, {"n_skipped": None}),
+        *({"position": [1]}, {"position": "ab"}, {"position": [-1, 0]}, {"position": [1, "x"]}),
+        *({"position": [1, {"a": torch.ones(1)}]}, {"position": {0: 1, 1: 2}}),
+        *({"remainder": [300]}, {"remainder": [-1]}, {"remainder": [True]}, {"remainder": (1, 2)}),
+    ],
+    ids=str,
+)
+def test_a_state_that_is_no_place_is_refused(
+    change: dict[str, Any], data: dict[str, Any], tokenizer: PreTrainedTokenizerFast
+):
+
+    loader = build_loader(
+        DataConfig.model_validate({"n_ctx": 8, **data}),
+        batch_size=2,
+        tokenizer=tokenizer,
+        seed=0,
+        d_vocab=300,
+    )
+    state = loader.state_dict()
+    loader.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"^loader\."):
+        loader.load_state_dict({**state, **change})
+
+
+def test_a_state_that_holds_itself_is_refused(
+    texts: list[str], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+):
+    Dataset.from_dict({"text": texts}).to_parquet(tmp_path / "table.parquet")
+    config = DataConfig(dataset_name=str(tmp_path / "table.parquet"), n_ctx=8)
+    loader = build_loader(config, batch_size=2, tokenizer=tokenizer, seed=0)
+    ring: dict[str, Any] = {}
+    ring["more"] = [ring, ring]
+    with pytest.raises(ValueError, match="has no plain state of a table"):
+        loader.load_state_dict({**loader.state_dict(), "position": [0, ring]})
