@@ -5,6 +5,7 @@ A checkpoint after N samples is three files. `samples_{N}.safetensors` holds the
 last, the checksums of both. Where that is missing or does not fit, the checkpoint before counts.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from torch import Tensor
 from sparsify.runs.run_folder import write_text
 from sparsify.runs.weight_files import (
     STATE_NAME,
+    load_metadata,
     load_state,
     load_weights,
     numbered_files,
@@ -28,9 +30,18 @@ from sparsify.runs.weight_files import (
     weights_path,
 )
 from sparsify.settings.base_config import UserError
+from sparsify.settings.files import open_regular, read_text
+from sparsify.training.memory import free_memory
 
 MANIFEST_NAME = re.compile(r"checkpoint_(\d+)\.json")
 NUMBERED_NAME = re.compile(r"(?:checkpoint|samples|state)_(\d+)\.(?:json|safetensors|pt)")
+
+STATE_TO_WEIGHTS = 8
+LEAST_MAX_STATE = 64_000_000
+"""Bytes of a state are at most that many times those of the weights, and these: two moments and a
+gradient of each weight, counts of each element, generators."""
+NO_FILE_OF_A_RUN = (errno.EINVAL, errno.EFBIG, errno.EISDIR)
+"""Errors of `open_regular` about something else than a file, or one too large to be a run's."""
 
 
 @dataclass(frozen=True)
@@ -126,19 +137,33 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def _check_files(run_dir: Path, number: int) -> None:
     path = _manifest_path(run_dir, number)
     try:
-        expected = json.loads(path.read_text(encoding="utf-8"))["sha256"]
+        expected = json.loads(read_text(path))["sha256"]
         files = (weights_path(run_dir, number), state_path(run_dir, number))
+        n_weights = _check_size(files[0], free_memory("cpu"))
+        load_metadata(files[0])  # which tells a file of the right beginning, before all is read
+        _check_size(files[1], STATE_TO_WEIGHTS * n_weights + LEAST_MAX_STATE)
         damaged = [file for file in files if _checksum(file) != expected[file.name]]
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: is missing") from None
+    except OSError as error:
+        if error.errno in NO_FILE_OF_A_RUN:
+            raise UserError(f"{error.filename}: is damaged ({error.strerror})") from None
+        raise
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path}: is damaged") from None
     if damaged:
         raise UserError(f"{damaged[0]}: is damaged, its checksum is not that in {path.name}")
 
 
+def _check_size(path: Path, max_bytes: int) -> int:
+    with open_regular(path, max_bytes) as file:
+        return os.fstat(file.fileno()).st_size
+
+
 def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

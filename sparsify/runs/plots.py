@@ -4,7 +4,6 @@ For SAEs: every loss term, L0, KL and CE increase. For a language model: CE, bit
 learning rate.
 """
 
-import json
 import math
 import re
 from collections import defaultdict
@@ -12,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsify.runs.metrics_file import read_metrics
 from sparsify.runs.run_folder import METRICS_FILE, replace_atomically
 
 if TYPE_CHECKING:
@@ -19,8 +19,13 @@ if TYPE_CHECKING:
 
 PLOT_FILE = "training.png"
 
-# Metric name: family, train or eval, quantity, and a hook position where it has one.
-METRIC_NAME = re.compile(r"(loss|sparsity|performance)/(train|eval)/([^/]+)(?:/([^/]+))?")
+# Metric name: family, train or eval, quantity, and a hook position where it has one. Others, which
+# a file of somebody else may have, are not drawn: matplotlib reads formulas in them.
+METRIC_NAME = re.compile(
+    r"(loss|sparsity|performance)/(train|eval)/(\w{1,100})(?:/([\w.]{1,200}))?", re.ASCII
+)
+MAX_PANELS = 40
+"""More quantities than a run logs."""
 TITLES = {
     "loss": "total loss (weighted)",
     "sparsity": "sparsity term",
@@ -83,8 +88,7 @@ def collect_panels(metrics_path: Path) -> Panels:
     """
     panels: Panels = defaultdict(lambda: defaultdict(dict))
     has_saes = False
-    for line in metrics_path.read_text(encoding="utf-8").splitlines():
-        record: dict[str, float | None] = json.loads(line)
+    for record in read_metrics(metrics_path):
         n_samples = int(record.pop("n_samples") or 0)
         for name, value in record.items():
             match = METRIC_NAME.fullmatch(name)
@@ -101,7 +105,7 @@ def collect_panels(metrics_path: Path) -> Panels:
     ]
     return {
         quantity: dict(sorted(panels[quantity].items(), key=lambda item: _depth(item[0][1])))
-        for quantity in ordered
+        for quantity in ordered[:MAX_PANELS]
     }
 
 

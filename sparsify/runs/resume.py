@@ -4,7 +4,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from sparsify.runs.checkpoints import (
@@ -14,18 +14,27 @@ from sparsify.runs.checkpoints import (
     load_checkpoint,
 )
 from sparsify.runs.console import say
-from sparsify.runs.run_folder import CONFIG_FILE, RESULT_FILE
-from sparsify.runs.weight_files import STATE_NAME, WEIGHTS_NAME, numbered_files
+from sparsify.runs.metrics_file import cut_metrics
+from sparsify.runs.plots import PLOT_FILE
+from sparsify.runs.run_folder import (
+    CONFIG_FILE,
+    EVALUATION_FILE,
+    LOCK_FILE,
+    METRICS_FILE,
+    RESULT_FILE,
+)
+from sparsify.runs.weight_files import STATE_NAME, WEIGHTS_NAME, numbered_files, state_path
 from sparsify.settings.base_config import BaseConfig, UserError, read_yaml, validate_config
 from sparsify.settings.command_line import Settings, merged
 from sparsify.settings.differences import differing_settings
 from sparsify.settings.paths import UserPath
 from sparsify.settings.secrets import one_line
 from sparsify.training.config import NEWEST_RUN, TrainingConfig
+from sparsify.training.state_check import MisfitError, is_count
 
 TEMPORARY_FILES = ".*.tmp"
-TRUST = "trust_remote_code"
-"""Setting of those scripts whose models may bring code."""
+FILES = {CONFIG_FILE, METRICS_FILE, RESULT_FILE, EVALUATION_FILE, LOCK_FILE, PLOT_FILE}
+"""Files that a run writes, except those that a number names."""
 
 
 def checkpoint_to_resume(config: TrainingConfig, kept_settings: Iterable[str]) -> Checkpoint:
@@ -74,8 +83,7 @@ def settings_to_resume_with(
     """Return the settings of the run that a command line resumes, and the file that they are in.
 
     They are its own, which only options change. Of a file that is named beside them, it is said
-    what differs. Code of others is trusted only where that file or an option says so, as the run's
-    folder may come from those others.
+    what differs.
 
     Args:
         config_class: Class of the settings.
@@ -94,10 +102,7 @@ def settings_to_resume_with(
     if not os.path.isdir(own.parent):
         raise UserError(f"resume: there is no folder '{resume}'; give the folder of a run")
     _saved_config(own.parent, config_class)
-    settings = read_yaml(own)
-    if TRUST in settings:
-        settings[TRUST] = content.get(TRUST, False)
-    settings = merged(settings, options) | {"resume": str(resume)}
+    settings = merged(read_yaml(own), options) | {"resume": str(resume)}
     if path is not None:
         named = validate_config(config_class, merged(content, options), str(path))
         used = validate_config(config_class, settings, str(own))
@@ -214,7 +219,16 @@ def explained_misfit(checkpoint: Checkpoint) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except MisfitError as error:
+        path = state_path(checkpoint.run_dir, checkpoint.n_samples)
+        raise UserError(
+            f"{path}: does not fit this run: {error}; use the version of the script and the "
+            "settings that wrote it, another checkpoint, or start a new run"
+        ) from error
+    except (
+        *(ArithmeticError, AssertionError, AttributeError),
+        *(LookupError, RuntimeError, TypeError, ValueError),
+    ) as error:
         raise UserError(
             f"resume: the state after {checkpoint.n_samples} samples in '{checkpoint.run_dir}' was "
             f"not written by this version of the script ({type(error).__name__}: "
@@ -223,51 +237,61 @@ def explained_misfit(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def _check_has_no_links(run_dir: Path) -> None:
-    """See that what is written to files of a run folder, which others may have made, stays there.
+    """See that a run folder, which others may have made, holds files and folders alone.
 
-    Files that a number names are only read and replaced, so they may lie elsewhere, and wandb makes
-    links of its own.
+    Through a link the run would write elsewhere, and a pipe would keep it waiting. Files that a
+    number names are only read and replaced, so they may lie elsewhere, and wandb makes links of its
+    own.
     """
     for path in run_dir.rglob("*"):
-        is_allowed = NUMBERED_NAME.fullmatch(path.name) or run_dir / "wandb" in path.parents
-        if path.is_symlink() and not is_allowed:
+        is_number = NUMBERED_NAME.fullmatch(path.name)
+        if is_number or run_dir / "wandb" in path.parents:
+            continue
+        if path.is_symlink():
             raise UserError(
                 f"resume: '{path}' is a link, through which the run would write outside its "
                 "folder; put the file itself in its place"
             )
+        if path.is_dir() and (path.name in FILES or path.match(TEMPORARY_FILES)):
+            raise UserError(f"resume: '{path}' is a folder, not a file; move it away")
+        if not path.is_dir() and not path.is_file():
+            raise UserError(f"resume: '{path}' is a pipe or a device; move it away")
 
 
 def clear_what_came_after(checkpoint: Checkpoint, metrics_path: Path) -> None:
-    """Put aside what the run will do again, as `abandoned_*`, and cut off metrics logged since."""
+    """Put aside what the run will do again, as `abandoned_*`, and cut off metrics logged since.
+
+    Raises:
+        UserError: A file cannot be moved, or the metrics are not readable.
+    """
     run_dir, n_samples = checkpoint.run_dir, checkpoint.n_samples
     n_bytes = checkpoint.state.get("metrics_bytes")
-    if not isinstance(n_bytes, int) or n_bytes < 0:
+    if not isinstance(n_bytes, int) or not is_count(n_bytes):
         raise UserError(
             f"resume: the state after {n_samples} samples in '{run_dir}' does not say how long "
             f"{metrics_path.name} was ({n_bytes!r}); start a new run"
         )
-    for name in (MANIFEST_NAME, STATE_NAME, WEIGHTS_NAME):
-        for path, number in numbered_files(run_dir, name).items():
-            if number > n_samples:
-                path.replace(path.with_name(f"abandoned_{path.name}"))
-    (run_dir / RESULT_FILE).unlink(missing_ok=True)
-    for temporary in run_dir.glob(TEMPORARY_FILES):
-        temporary.unlink()
-    with metrics_path.open("a+b") as file:
-        if file.tell() < n_bytes:
-            say(f"warning: {metrics_path}: lines of it are missing")
-        else:
-            file.truncate(n_bytes)
+    try:
+        for name in (MANIFEST_NAME, STATE_NAME, WEIGHTS_NAME):
+            for path, number in numbered_files(run_dir, name).items():
+                if number > n_samples:
+                    path.replace(path.with_name(f"abandoned_{path.name}"))
+        (run_dir / RESULT_FILE).unlink(missing_ok=True)
+        for temporary in run_dir.glob(TEMPORARY_FILES):
+            temporary.unlink()
+        cut_metrics(metrics_path, n_bytes)
+    except OSError as error:
+        raise UserError(
+            f"resume: '{error.filename}' cannot be put aside or read ({error.strerror}); move it "
+            "away"
+        ) from None
 
 
 def resume_line(run_dir: Path) -> str:
     """Return the command that resumes a run, as the script was called."""
     program = sys.argv[:1] if sys.argv[0].endswith(".py") else sys.argv[:2]
     interpreter = [sys.executable] if sys.argv[0].endswith(".py") else []
-    trust = []
-    with suppress(UserError):  # the disk may be gone
-        trust = [f"--{TRUST}", "true"] if read_yaml(run_dir / CONFIG_FILE).get(TRUST) else []
-    command = [*interpreter, *program, "--resume", str(run_dir), *trust]
+    command = [*interpreter, *program, "--resume", str(run_dir)]
     return f"resume with: {shlex.join(command)}"
 
 

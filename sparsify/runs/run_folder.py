@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsify.settings.base_config import BaseConfig, UserError, dump_yaml
+from sparsify.settings.files import open_regular, read_text
 from sparsify.training.config import check_run_name
 
 CONFIG_FILE = "final_config.yaml"
@@ -79,7 +81,9 @@ def held_run_folder(run_dir: Path | None) -> Iterator[None]:
     import fcntl
 
     try:
-        file = (run_dir / LOCK_FILE).open("w")
+        # What stands there may be a pipe, or a link to a file elsewhere, which is left as it is.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        file = os.fdopen(os.open(run_dir / LOCK_FILE, flags, 0o666), "rb+", buffering=0)
     except OSError as error:
         raise _cannot_write(run_dir, error) from None
     with file:
@@ -106,11 +110,13 @@ def _cannot_write(save_dir: Path, error: OSError) -> UserError:
 def replace_atomically(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place once the block ends without an error.
 
-    Whatever happens, `path` holds its old content or the whole of the new one.
+    Whatever happens, `path` holds its old content or the whole of the new one. If `path` is a link
+    to a file elsewhere, that one does not change.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A name that nobody can have foreseen, to put a link there.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        temporary.touch()
+        temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode
         yield temporary
         temporary.chmod(mode)  # safetensors leaves its files to their owner alone
@@ -141,6 +147,41 @@ def write_result(run_dir: Path, result: Mapping[str, Any]) -> Path:
     path = run_dir / RESULT_FILE
     write_text(path, json.dumps(result, indent=1) + "\n")
     return path
+
+
+def read_result(run_dir: Path) -> dict[str, Any]:
+    """Return what `write_result` wrote.
+
+    Raises:
+        UserError: There is no `eval.json`, or it is damaged.
+    """
+    path = run_dir / RESULT_FILE
+    try:
+        result = json.loads(read_text(path))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: is damaged; evaluate the run again") from None
+    metrics = result.get("metrics") if isinstance(result, dict) else None
+    if not isinstance(metrics, dict) or not all(map(_is_measured, metrics.values())):
+        raise UserError(f"{path}: is damaged, it holds no metrics; evaluate the run again")
+    return result
+
+
+def _is_measured(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def check_regular(path: Path, max_bytes: int | None = None) -> None:
+    """See that what a library is about to open is a file; for arguments see `open_regular`.
+
+    Raises:
+        UserError: It is not, or it is too large.
+    """
+    try:
+        open_regular(path, max_bytes).close()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
 
 
 def write_config(run_dir: Path, config: BaseConfig) -> Path:

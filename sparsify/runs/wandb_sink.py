@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsify.runs.console import say
-from sparsify.runs.run_folder import CONFIG_FILE
+from sparsify.runs.run_folder import CONFIG_FILE, replace_atomically
 from sparsify.runs.sink import Sink
 from sparsify.settings.base_config import UserError
+from sparsify.settings.files import open_regular
 from sparsify.settings.secrets import REDACTED, one_line, secrets_of_environment
 from sparsify.training.config import TrainingConfig
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 # no limit, in which a GPU would wait for a service that is down. WANDB_INIT_TIMEOUT and
 # WANDB_FINISH_TIMEOUT take precedence.
 TIMEOUTS_S = {"init_timeout": 60.0, "finish_timeout": 600.0}
+
+MAX_LOG_BYTES = 200_000_000
+"""More than a log of wandb has."""
 
 # wandb raises the same class for a service that did not answer and for one that refused; the
 # message of the latter is the service's own.
@@ -114,12 +118,16 @@ class WandbSink(Sink):
             return
         secrets = [secret.encode() for secret in secrets_of_environment()]
         for path in (self.run_dir / "wandb").rglob("*.log"):
+            if path.is_symlink():  # which leads to another log here, or to a file elsewhere
+                continue
             with suppress(OSError):  # wandb may be at work there
-                content = cleaned = path.read_bytes()
+                with open_regular(path, MAX_LOG_BYTES) as file:
+                    content = cleaned = file.read()
                 for secret in secrets:
                     cleaned = cleaned.replace(secret, REDACTED.encode())
                 if cleaned != content:
-                    path.write_bytes(cleaned)
+                    with replace_atomically(path) as temporary:
+                        temporary.write_bytes(cleaned)
 
 
 def _start(config: TrainingConfig, run_name: str, run_dir: Path | None) -> "Run | None":

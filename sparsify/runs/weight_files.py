@@ -17,8 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sparsify.runs.run_folder import replace_atomically
+from sparsify.runs.run_folder import check_regular, replace_atomically
 from sparsify.settings.base_config import UserError
+from sparsify.settings.files import open_regular
+from sparsify.training.memory import free_memory
 
 STATE_NAME = re.compile(r"state_(\d+)\.pt")
 WEIGHTS_NAME = re.compile(r"samples_(\d+)\.(safetensors|pt)")
@@ -72,6 +74,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     """
     if not os.path.isfile(path):  # False where `Path.is_file` would raise
         raise UserError(f"{path}: there is no such file; check the path")
+    check_regular(path, free_memory("cpu"))
     if path.suffix == ".safetensors":
         try:
             weights = load_file(path)
@@ -108,6 +111,8 @@ def load_metadata(path: Path) -> dict[str, str]:
     """
     if path.suffix != ".safetensors":
         return {}
+    if not os.path.isfile(path):  # to open a pipe would wait for ever
+        raise UserError(f"{path}: there is no such file; check the path")
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
@@ -223,7 +228,7 @@ def _check_costs_what_it_holds(path: Path) -> None:
     bytes of any number that a pickle asks for, and search its own message about a text of a pickle
     in a time that grows with the square of its length.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         if file.read(4) != ZIP_START:
             file.seek(0)
             for _ in range(N_LEGACY_PICKLES):

@@ -35,7 +35,11 @@ EXIT_INTERRUPTED = 130
 
 DRY_RUN = "--dry-run"
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+DISK_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES),
+    # A folder stands where a file is to be.
+    *(errno.EISDIR, errno.ENOTDIR, errno.EPERM),
+)
 
 COMMANDS = {
     "benchmark": "sparsify.scripts.benchmark.run_benchmark",

@@ -7,14 +7,14 @@ read never returns, a device that never ends, or a sparse file larger than the m
 import errno
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 MAX_TEXT_BYTES = 1_000_000
 """More than any config, manifest or result of a run has."""
 
 
-def open_regular(path: Path, max_bytes: int | None = None) -> BinaryIO:
+def open_regular(path: Path, max_bytes: int | None = None) -> BufferedReader:
     """Open a file for reading, if it is one: no pipe, device, socket or folder.
 
     Args:

@@ -1,9 +1,8 @@
 """The results of many runs as a table for the terminal."""
 
-import json
 from collections.abc import Mapping, Sequence
 
-from sparsify.runs.run_folder import RESULT_FILE
+from sparsify.runs.run_folder import read_result
 from sparsify.runs.terminal_sink import watched_metrics
 from sparsify.sweeps.jobs import Job, known_runs
 
@@ -29,7 +28,7 @@ def results_table(jobs: Sequence[Job], minutes: Mapping[str, float]) -> list[str
     for key, job in {job.key: job for job in jobs}.items():
         shown = {}
         if (run := known.finished(job)) is not None:
-            metrics = json.loads((run / RESULT_FILE).read_text(encoding="utf-8"))["metrics"]
+            metrics = read_result(run)["metrics"]
             shown = watched_metrics({name: v for name, v in metrics.items() if v is not None})
         cells = [
             format(shown[label], form) if label in shown else UNKNOWN

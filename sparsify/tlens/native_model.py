@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformer_lens.config import TransformerBridgeConfig
@@ -22,6 +22,7 @@ from transformer_lens.model_bridge.sources.native.model import NativeAttention, 
 
 from sparsify.kernels.unembedding import Unembedding
 from sparsify.settings.base_config import UserError, validate_config
+from sparsify.settings.files import read_text
 from sparsify.settings.secrets import one_line
 from sparsify.tlens.architecture import Architecture
 from sparsify.tlens.fused_attention import fused_attention
@@ -100,7 +101,12 @@ def bridge_config(architecture: Architecture) -> TransformerBridgeConfig:
 
 
 def save_language_model(folder: Path, model: TrainableModel, dtype: torch.dtype) -> None:
-    """Write `model.safetensors` and `config.json` into a folder that exists."""
+    """Write `model.safetensors` and `config.json` into a folder that exists.
+
+    Files that are there are replaced: where one is a link to a file elsewhere, that stays as it is.
+    """
+    for name in (MODEL_FILE, CONFIG_FILE):
+        (folder / name).unlink(missing_ok=True)
     weights = {name: tensor.to(dtype) for name, tensor in model.native.state_dict().items()}
     save_file(weights, folder / MODEL_FILE)
     text = model.architecture.model_dump_json(indent=1)
@@ -120,8 +126,10 @@ def load_native_model(folder: Path) -> tuple[Architecture, NativeModel]:
                 "train_tlens run"
             )
     try:
-        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        weights = load_file(folder / MODEL_FILE)
+        content = json.loads(read_text(folder / CONFIG_FILE))
+        with safe_open(folder / MODEL_FILE, framework="pt") as file:
+            names = file.keys()
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
     except RecursionError:
         raise UserError(
             f"tlens_model_path: '{folder / CONFIG_FILE}' is damaged (brackets nested too deep); "
@@ -132,16 +140,21 @@ def load_native_model(folder: Path) -> tuple[Architecture, NativeModel]:
             f"tlens_model_path: '{folder}' is damaged ({error}); copy it again"
         ) from None
     architecture = validate_config(Architecture, content, str(folder / CONFIG_FILE))
-    _check_sizes(folder, architecture, weights)
+    _check_sizes(folder, architecture, shapes)
     try:
         native = NativeModel(bridge_config(architecture))
+        if too_many := sorted(shapes.keys() - native.state_dict().keys()):
+            raise _mismatch(folder, f"there is no {too_many[0]}")
+        weights = load_file(folder / MODEL_FILE)
         native.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         raise _mismatch(folder, one_line(error)[:300]) from None
     return architecture, native
 
 
-def _check_sizes(folder: Path, architecture: Architecture, weights: dict[str, Tensor]) -> None:
+def _check_sizes(
+    folder: Path, architecture: Architecture, shapes: dict[str, tuple[int, ...]]
+) -> None:
     # Before a model is made, whose size may be anything in a file that is damaged or hostile.
     expected = {
         "tok_embed.weight": (architecture.d_vocab, architecture.d_model),
@@ -150,7 +163,7 @@ def _check_sizes(folder: Path, architecture: Architecture, weights: dict[str, Te
         ),
     }
     for name, shape in expected.items():
-        found = tuple(weights[name].shape) if name in weights else "missing"
+        found = shapes.get(name, "missing")
         if found != shape:
             raise _mismatch(folder, f"{name} is {found}, not {shape}")
 

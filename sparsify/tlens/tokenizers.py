@@ -1,5 +1,6 @@
 """Loads tokenizers, and trains a small one."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -7,9 +8,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from sparsify.settings.base_config import UserError
+from sparsify.settings.files import open_regular
 from sparsify.settings.secrets import one_line
 
 END_OF_TEXT = "<|endoftext|>"
+TOKENIZER_SUFFIXES = {".json", ".jinja", ".model", ".txt"}
+MAX_TOKENIZER_BYTES = 200_000_000
+"""The largest have about 30 MB."""
 _BUNDLED = {"tiny-python": Path(__file__).parent.parent / "assets" / "tiny_python"}
 
 
@@ -22,6 +27,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         UserError: There is no such tokenizer, or it cannot be had, or it is not a fast one.
     """
+    _check_files(Path(_BUNDLED.get(name, name)))
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(_BUNDLED.get(name, name)), trust_remote_code=False
@@ -39,6 +45,21 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             f"tokenizer_name: '{name}' has no fast version (tokenizer.json); use one that has"
         )
     return tokenizer
+
+
+def _check_files(folder: Path) -> None:
+    """See that a folder has files alone: transformers would wait for a pipe, or read a device."""
+    if not os.path.isdir(folder):
+        return
+    for path in folder.iterdir():
+        if path.suffix not in TOKENIZER_SUFFIXES:
+            continue
+        try:
+            open_regular(path, MAX_TOKENIZER_BYTES).close()
+        except OSError as error:
+            raise UserError(
+                f"tokenizer_name: '{path}' cannot be read ({error.strerror}); check the folder"
+            ) from None
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -84,3 +84,20 @@ def test_language_model_has_its_own_panels(tmp_path: Path):
         "bits_per_byte": {("eval", ""): {8: 2.0}},
         "lr": {("train", ""): {8: 0.1, 16: 0.2}},
     }
+
+
+def test_damaged_lines_and_names_that_are_none_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = _write(tmp_path, METRICS)
+    expected = collect_panels(path)
+    odd = {"n_samples": 8, "loss/train/$\\frac{$": 1, "loss/train/a/²": 1, "loss/train/x/\0": 1}
+    lines = [b"\xff\x00{", json.dumps(odd).encode(), b"[1]", b'{"n_samples": 8, "loss": 1e999}']
+    path.write_bytes(b"\n".join([*lines, path.read_bytes()]) + b'{"n_sam')
+    assert collect_panels(path) == expected
+    assert capsys.readouterr().err == f"warning: {path}: 4 damaged lines are left out\n"
+
+
+def test_a_file_of_many_names_has_a_picture_of_few(tmp_path: Path):
+    names = {f"loss/train/term_{index}": 1.0 for index in range(10_000)}
+    assert len(collect_panels(_write(tmp_path, [{"n_samples": 0, **names}]))) == 40

@@ -9,6 +9,7 @@ import torch
 from sparsify.runs.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from sparsify.runs.resume import clear_what_came_after
 from sparsify.settings.base_config import UserError
+from sparsify.settings.files import read_text
 
 pytestmark = pytest.mark.fault
 
@@ -110,14 +111,12 @@ def test_a_folder_without_whole_checkpoints_says_what_is_wrong_with_each(run_dir
 
 
 def test_a_read_that_fails_gives_no_checkpoint_up(run_dir: Path, monkeypatch: pytest.MonkeyPatch):
-    read_text = Path.read_text
-
-    def fail(path: Path, **kwargs: str) -> str:
+    def fail(path: Path) -> str:
         if path.name == "checkpoint_100.json":
             raise OSError(errno.EIO, "Input/output error", str(path))
-        return read_text(path, **kwargs)
+        return read_text(path)
 
-    monkeypatch.setattr(Path, "read_text", fail)
+    monkeypatch.setattr("sparsify.runs.checkpoints.read_text", fail)
     with pytest.raises(UserError, match=r"checkpoint_100.json: cannot be read .*; try again"):
         load_checkpoint(run_dir)
 
@@ -139,9 +138,9 @@ def test_states_that_a_crash_left_without_a_manifest_are_removed(run_dir: Path):
 
 def test_what_came_after_is_put_aside(run_dir: Path):
     metrics = run_dir / "metrics.jsonl"
-    metrics.write_text("12345")
-    clear_what_came_after(Checkpoint(run_dir, 8, {}, {"metrics_bytes": 3}, []), metrics)
-    assert metrics.read_text() == "123"
+    metrics.write_text('{"n_samples": 8}\n{"n_samples": 100}\n')
+    clear_what_came_after(Checkpoint(run_dir, 8, {}, {"metrics_bytes": 17}, []), metrics)
+    assert metrics.read_text() == '{"n_samples": 8}\n'
     assert names(run_dir) == {
         "metrics.jsonl",
         *("samples_8.safetensors", "state_8.pt", "checkpoint_8.json"),
@@ -176,10 +175,10 @@ def test_a_state_without_the_length_of_the_metrics_moves_nothing(n_bytes: object
 
 def test_missing_lines_of_metrics_are_told(run_dir: Path, capsys: pytest.CaptureFixture[str]):
     metrics = run_dir / "metrics.jsonl"
-    metrics.write_text("12345")
+    metrics.write_text('{"n_samples": 8}\n')
     clear_what_came_after(Checkpoint(run_dir, 8, {}, {"metrics_bytes": 99}, []), metrics)
     assert capsys.readouterr().err == f"warning: {metrics}: lines of it are missing\n"
-    assert metrics.read_text() == "12345"
+    assert metrics.read_text() == '{"n_samples": 8}\n'
 
 
 def test_a_warning_that_nobody_can_read_stops_no_run(

@@ -1,7 +1,7 @@
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Thread
@@ -274,3 +274,19 @@ def test_a_service_that_goes_away_in_the_middle_does_not_keep_the_run_from_endin
     assert time.monotonic() - start < 20
     assert len(metrics_of(run_dir)) == 3
     assert list(run_dir.glob("wandb/run-*"))  # not offline: it had been started
+
+
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_a_log_that_is_a_link_is_not_written_through(
+    link: Callable[[Path, Path], None], run_dir: Path, tmp_path_factory: pytest.TempPathFactory
+):
+    outside = tmp_path_factory.mktemp("outside")
+    for name in ("kept.txt", "kept.log"):
+        (outside / name).write_text(f"key {KEY}")
+        log = run_dir / "wandb" / "planted" / f"{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        link(log, outside / name)
+    os.mkfifo(run_dir / "wandb" / "planted" / "pipe.log")
+    train(run_dir)
+    assert (outside / "kept.txt").read_text() == f"key {KEY}"
+    assert (outside / "kept.log").read_text() == f"key {KEY}"

@@ -1,3 +1,6 @@
+import contextlib
+import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ SIZES = {"n_layers": 2, "d_model": 12, "n_heads": 3, "d_mlp": 20, "n_ctx": 8, "d
 
 def save(folder: Path, norm: str = "LN", positions: str = "rotary") -> TrainableModel:
     """A model with weights unlike those it begins with, and its tokenizer."""
+    folder.mkdir(exist_ok=True)
     fields = {"normalization_type": norm, "positional_embedding_type": positions}
     model = TrainableModel(Architecture.model_validate(SIZES | fields), seed=0)
     with torch.no_grad():
@@ -138,6 +142,84 @@ def test_code_of_a_model_is_executed_only_if_it_is_trusted(monkeypatch: pytest.M
     with pytest.raises(UserError, match="cannot load 'Qwen/Qwen-1_8B'"):
         load_hooked_model("Qwen/Qwen-1_8B", None, "folded", trust_remote_code=True)
     assert trusted[-1]
+
+
+CODE = "from pathlib import Path\nPath('executed').touch()\n"
+AUTO_MAP = {
+    "AutoConfig": "code.Config",
+    "AutoModelForCausalLM": "code.Model",
+    "AutoTokenizer": ["code.Tokenizer", "code.Tokenizer"],
+}
+
+
+def plant(folder: Path) -> None:
+    """A folder of a model whose code makes a file in the working directory."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "code.py").write_text(CODE)
+    for name in ("config.json", "tokenizer_config.json"):
+        content = {"model_type": "own", "auto_map": AUTO_MAP, "architectures": ["Model"]}
+        (folder / name).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("trusts", [False, True])
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("Qwen/Qwen-1_8B", "Qwen/Qwen-1_8B"),
+        ("qwen/qwen-1_8b", "Qwen/Qwen-1_8B"),
+        ("qwen-1.8b", "Qwen/Qwen-1_8B"),
+        ("gpt2-small", "gpt2"),
+        ("run/model", "run/model"),
+        ("./run/model", "run/model"),
+    ],
+)
+def test_a_name_means_no_folder_of_the_working_directory(
+    name: str, folder: str, trusts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    plant(tmp_path / folder)
+    if name != folder and not name.startswith(".") and not TLENS_HAS_HOOKED_TRANSFORMER:
+        pytest.skip("other versions know no other names")
+    with pytest.raises(UserError, match=r"is also a file or folder in .* tlens_model_path"):
+        load_hooked_model(name, None, "folded", trust_remote_code=trusts)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_code_in_the_folder_of_a_model_is_not_executed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "model")
+    plant(tmp_path / "planted")
+    (tmp_path / "planted" / name).replace(tmp_path / "model" / name)
+    (tmp_path / "planted" / "code.py").replace(tmp_path / "model" / "code.py")
+    with contextlib.suppress(UserError):
+        load_hooked_model(None, tmp_path / "model", "folded", trust_remote_code=True)
+    assert not (tmp_path / "executed").exists()
+
+
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no pipes there")
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("kind", ["pipe", "device", "sparse", "folder"])
+def test_what_is_no_file_in_the_folder_of_a_model_is_refused(kind: str, name: str, tmp_path: Path):
+    save(tmp_path)
+    path = tmp_path / name
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        with path.open("wb") as file:
+            file.truncate(40_000_000_000)
+    with pytest.raises(UserError, match=r"tlens_model_path|tokenizer_name"):
+        load_hooked_model(None, tmp_path, "folded")
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparsify.evaluation.frontier import (
     Curve,
@@ -24,7 +24,13 @@ from sparsify.evaluation.frontier import (
     spread,
 )
 from sparsify.runs.config import SAERunConfig
-from sparsify.runs.run_folder import CONFIG_FILE, RESULT_FILE, replace_atomically, write_text
+from sparsify.runs.run_folder import (
+    CONFIG_FILE,
+    RESULT_FILE,
+    read_result,
+    replace_atomically,
+    write_text,
+)
 from sparsify.scripts.cli import read_sae_run
 from sparsify.scripts.tables import markdown_table
 from sparsify.settings.base_config import UserError, read_yaml
@@ -113,8 +119,8 @@ def point_of(name: str, config: SAERunConfig, run: Path) -> Point | None:
     Raises:
         UserError: It has several SAEs.
     """
-    evaluation: dict[str, Any] = json.loads((run / RESULT_FILE).read_text(encoding="utf-8"))
-    metrics, positions = evaluation["metrics"], list(evaluation["n_dict"])
+    evaluation = read_result(run)
+    metrics, positions = evaluation["metrics"], list(evaluation.get("n_dict") or ())
     if len(positions) > 1:
         raise UserError(
             f"{run}: has SAEs at {', '.join(positions)}, but runs with one are compared; leave it "
@@ -122,17 +128,23 @@ def point_of(name: str, config: SAERunConfig, run: Path) -> Point | None:
         )
     sparsity = config.loss.sparsity
     coeffs = [config.saes.n_active, sparsity and (sparsity.target_l0 or sparsity.coeff)]
-    l0 = metrics[f"sparsity/eval/L_0/{positions[0]}"]
-    ce_increase = metrics["performance/eval/ce_loss_increase"]
-    kl = metrics["loss/eval/logits_kl"]
-    if not l0 or ce_increase is None or kl is None:
+    try:
+        l0 = metrics[f"sparsity/eval/L_0/{positions[0]}"]
+        ce_increase = metrics["performance/eval/ce_loss_increase"]
+        kl = metrics["loss/eval/logits_kl"]
+        alive = metrics[f"sparsity/alive_dict_elements/{positions[0]}"]
+    except LookupError as error:
+        raise UserError(
+            f"{run / RESULT_FILE}: has no {error} of one SAE; evaluate the run again"
+        ) from None
+    if not l0 or ce_increase is None or kl is None or alive is None:
         return None
     return Point(
         mix=name,
         seed=config.seed,
         coeff=float(next(filter(None, coeffs), 0.0)),
         l0=l0,
-        alive=int(metrics[f"sparsity/alive_dict_elements/{positions[0]}"]),
+        alive=int(alive),
         ce_increase=ce_increase,
         kl=kl,
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from sparsify.runs.run_folder import write_text
 from sparsify.scripts.train_tlens.config import Config
 from sparsify.scripts.train_tlens.evaluation import TextLoss
 from sparsify.settings.base_config import dump_yaml
@@ -53,7 +54,7 @@ def write_card(
         "Samples at temperature 0.7, the prompt included:",
         *(f"\n```python\n{sample}\n```" for sample in samples),
     ]
-    (folder / CARD_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(folder / CARD_FILE, "\n".join(lines) + "\n")
 
 
 @torch.inference_mode()
