@@ -44,7 +44,10 @@ class FileRows:
                 f"resume: an earlier version of sparsify has saved the place in '{self.path}'; "
                 f"start a new run"
             )
-        self._n_given = state_dict["n_rows"]
+        n_rows = state_dict["n_rows"]
+        if type(n_rows) is not int or n_rows < 0:
+            raise ValueError(f"loader.position: {n_rows!r} is not a number of rows")
+        self._n_given = n_rows
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Configs: frozen pydantic models, read from YAML and written to it."""
 
 import difflib
-import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, LiteralString, Self, TypeVar, cast, get_args
