@@ -101,9 +101,9 @@ def train_saes(
     runs: list[SAERun] = []
     finish = SAERun.finish
 
-    def keep_and_finish(run: SAERun, *rest: Any) -> None:
+    def keep_and_finish(run: SAERun, *rest: Any) -> str:
         runs.append(run)
-        finish(run, *rest)
+        return finish(run, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SAERun, "finish", keep_and_finish)
