@@ -249,9 +249,14 @@ def _sum_of_products(
     """Sum of p * log_ratio, where 0 times an infinite or undefined number is 0."""
     total = torch.dot(p.flatten(), log_ratio.flatten())
     # The mask takes half as long as all else. A GPU would have to be waited for to leave it out.
-    if total.device.type == "cpu" and total.isfinite():
+    if can_look(total) and total.isfinite():
         return total
     return torch.dot(p.flatten(), log_ratio.masked_fill_(p == 0, 0.0).flatten())
+
+
+def can_look(value: Tensor) -> bool:
+    """Whether a number can be looked at without waiting for a device."""
+    return value.device.type == "cpu"
 
 
 def _pieces(length: int, size: int) -> list[slice]:

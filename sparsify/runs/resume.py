@@ -24,7 +24,7 @@ from sparsify.runs.run_folder import (
     RESULT_FILE,
 )
 from sparsify.runs.weight_files import STATE_NAME, WEIGHTS_NAME, numbered_files, state_path
-from sparsify.settings.base_config import TRUST, BaseConfig, UserError, read_yaml, validate_config
+from sparsify.settings.base_config import BaseConfig, UserError, read_yaml, validate_config
 from sparsify.settings.command_line import Settings, merged
 from sparsify.settings.differences import differing_settings
 from sparsify.settings.paths import UserPath
@@ -291,9 +291,7 @@ def resume_line(run_dir: Path) -> str:
     """Return the command that resumes a run, as the script was called."""
     program = sys.argv[:1] if sys.argv[0].endswith(".py") else sys.argv[:2]
     interpreter = [sys.executable] if sys.argv[0].endswith(".py") else []
-    is_trusted = any(argument.startswith(f"--{TRUST}") for argument in sys.argv)
-    trust = [f"--{TRUST}", "true"] if is_trusted else []  # which no file keeps
-    command = [*interpreter, *program, "--resume", str(run_dir), *trust]
+    command = [*interpreter, *program, "--resume", str(run_dir)]
     return f"resume with: {shlex.join(command)}"
 
 

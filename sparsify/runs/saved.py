@@ -151,9 +151,9 @@ def model_identity(config: SAETransformerConfig) -> dict[str, str]:
 
 
 def _digest(path: Path) -> str:
-    load_metadata(path)  # which tells a file of weights, before all is read
     try:
         with open_regular(path) as file:
+            load_metadata(path)  # which tells a file of weights, before all is read
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
     except OSError as error:
         raise UserError(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparsify.training.state_check import check_like, require
+from sparsify.training.state_check import check_like, check_tensor, require
 
 
 def set_seed(seed: int) -> None:
@@ -37,7 +37,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     Raises:
         MisfitError: The state is not of these generators.
     """
-    check_like(state, get_random_state(), "random")
+    check_like(state, {**get_random_state(), "cuda": []}, "random")
     version, words, gaussian = state["python"]
     random.setstate((version, tuple(words), gaussian))
     name, keys, *position = state["numpy"]
@@ -47,5 +47,8 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     np.random.set_state((name, words, *position))  # noqa: NPY002
     # Torch reads the memory of these as it comes, whatever their strides.
     torch.set_rng_state(state["torch"].contiguous())
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all([words.contiguous() for words in state["cuda"]])
+    # A run may go on where there are more GPUs, or fewer.
+    n_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for device, words in enumerate(state["cuda"][:n_devices]):
+        like = torch.cuda.get_rng_state(device)
+        torch.cuda.set_rng_state(check_tensor(words, like, "random.cuda").contiguous(), device)

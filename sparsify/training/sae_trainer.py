@@ -152,7 +152,7 @@ class SAETrainer(Generic[Batch]):
         self.coefficients.load_state_dict(state["coefficients"])
         if self.dead is not None:
             self.dead.load_state_dict(state["dead"])
-        self.recent.load_state_dict(state.get("recent", []))  # older versions kept none
+        self.recent.load_state_dict(state["recent"])
         # It is asked after optimizer steps alone, and the checkpoint may lie between two.
         n_stepped = n_samples - n_samples % self.config.samples_per_step
         self.resampling_due = Every(self.resampling_due.period, n_stepped)

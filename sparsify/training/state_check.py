@@ -24,7 +24,8 @@ def check_like(found: Any, like: Any, entry: str) -> None:  # states are of many
     Args:
         found: A part of a state that was loaded, on the CPU.
         like: The same part of the state of a new run: the same keys, types, shapes. Where it is
-            None, anything is accepted; where it is NaN, a number may be.
+            None, anything is accepted; where it is NaN, a number may be; where it is an empty
+            list, any list, into which its reader must look.
         entry: Name of the part.
 
     Raises:
@@ -39,8 +40,10 @@ def check_like(found: Any, like: Any, entry: str) -> None:  # states are of many
                 raise MisfitError(f"{entry}.{key} is missing")
             check_like(found[key], part, f"{entry}.{key}")
     elif isinstance(like, list | tuple):
-        expected = f"a {type(like).__name__} of {len(like)}"
-        require(type(found) is type(like) and len(found) == len(like), found, expected, entry)
+        is_open = like == []
+        expected = "a list" if is_open else f"a {type(like).__name__} of {len(like)}"
+        is_alike = type(found) is type(like) and (is_open or len(found) == len(like))
+        require(is_alike, found, expected, entry)
         for index, part in enumerate(like):
             check_like(found[index], part, f"{entry}.{index}")
     elif isinstance(like, str | bool):

@@ -169,18 +169,10 @@ def test_home_is_the_home_folder(recipe: Path, tmp_path: Path, monkeypatch: pyte
     assert not Path("~").exists()
 
 
-@pytest.mark.parametrize(
-    ("beside", "options", "is_trusted"),
-    [
-        (None, {}, False),
-        (None, {"trust_remote_code": True}, True),
-        ({}, {}, False),
-        ({"trust_remote_code": True}, {}, True),
-        ({"trust_remote_code": True}, {"trust_remote_code": False}, False),
-    ],
-)
+@pytest.mark.parametrize("options", [{}, {"trust_remote_code": True}])
+@pytest.mark.parametrize("is_config_given", [False, True])
 def test_the_folder_of_a_run_does_not_say_that_its_code_is_trusted(
-    beside: dict[str, Any] | None, options: dict[str, Any], is_trusted: bool, tmp_path: Path
+    options: dict[str, Any], is_config_given: bool, tmp_path: Path
 ):
     data = {"dataset_name": "python-stdlib", "n_ctx": 16}
     content = {
@@ -190,14 +182,14 @@ def test_the_folder_of_a_run_does_not_say_that_its_code_is_trusted(
         "train_data": data,
     }
     write_config(tmp_path, Config.model_validate({**content, "trust_remote_code": True}))
-    path = None if beside is None else tmp_path / "recipe.yaml"
-    named = {} if beside is None else {**content, **beside}
+    path = tmp_path / "recipe.yaml" if is_config_given else None
+    named = content if is_config_given else {}
     given = {"resume": str(tmp_path), **options}
     settings, source = settings_to_resume_with(Config, path, named, given)
     assert source == tmp_path / "final_config.yaml"
-    assert settings["trust_remote_code"] is is_trusted
+    assert Config.model_validate(settings).trust_remote_code is bool(options)
     assert settings["resume"] == str(tmp_path)
-    assert resume_line(tmp_path).endswith(f"--resume {tmp_path} --trust_remote_code true")
+    assert resume_line(tmp_path).endswith(f"--resume {tmp_path}")
 
 
 def test_paths_are_recorded_so_that_they_lead_there_from_any_folder(

@@ -289,7 +289,7 @@ class SAERun(TrainingRun[Tensor]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned after `n_samples`."""
         self.n_samples_evaluated = state["n_samples_evaluated"]
-        self._check_recent(state.get("recent", []))
+        self._check_recent(state["recent"])
         self.firing.load_state_dict(state["firing"], self.n_samples)
         self.trainer.load_state_dict(state, self.n_samples)
 
