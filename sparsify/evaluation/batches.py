@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsify.sae_transformer import SAETransformer
 from sparsify.settings.base_config import UserError
-from sparsify.tlens.text import as_ids
+from sparsify.tlens.text import as_ids, is_texts
 
 Batches = Iterable[Tensor | Sequence[Any] | str] | str
 """Token ids of shape `batch pos`, which may differ between batches. A text is a batch of one."""
@@ -30,6 +30,11 @@ def read_batches(
     for batch in [batches] if isinstance(batches, str) else batches:
         if isinstance(batch, str):
             tokens = text_tokens(model, batch, "batches")
+        elif is_texts(batch):
+            raise UserError(
+                "batches: one is a list of texts, whose padding would count; give each text as a "
+                "batch of its own"
+            )
         else:
             tokens = as_ids(model.tlens_model, batch, "batches")
         yield _checked(model, tokens)

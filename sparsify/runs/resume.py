@@ -83,7 +83,7 @@ def settings_to_resume_with(
     """Return the settings of the run that a command line resumes, and the file that they are in.
 
     They are its own, which only options change. Of a file that is named beside them, it is said
-    what differs.
+    what differs, except what options change anyway.
 
     Args:
         config_class: Class of the settings.
@@ -92,7 +92,7 @@ def settings_to_resume_with(
         options: Settings as options.
 
     Raises:
-        UserError: There is no such run, or the file is not valid.
+        UserError: There is no such run, or its settings are not valid with the options.
     """
     asked = {"save_dir": config_class.model_fields["save_dir"].default, **content, **options}
     wanted = {name: asked[name] for name in _Wanted.model_fields}
@@ -101,19 +101,32 @@ def settings_to_resume_with(
     own = _folder_of(resume) / CONFIG_FILE
     if not os.path.isdir(own.parent):
         raise UserError(f"resume: there is no folder '{resume}'; give the folder of a run")
-    _saved_config(own.parent, config_class)
+    saved = _saved_config(own.parent, config_class)
     settings = merged(read_yaml(own), options) | {"resume": str(resume)}
+    validate_config(config_class, settings, f"'{own}' with the options of the command line")
     if path is not None:
-        named = validate_config(config_class, merged(content, options), str(path))
-        used = validate_config(config_class, settings, str(own))
-        differences = _differences(named, used)
-        differences.pop("save_dir", None)
-        if differences:
-            say(
-                f"{path} is not used, since a run is resumed with its own settings: "
-                f"{', '.join(differences.values())}; to change one, give it as an option"
-            )
+        _say_what_is_not_used(config_class, path, content, saved, options)
     return settings, own
+
+
+def _say_what_is_not_used(
+    config_class: type[TrainingConfig],
+    path: Path,
+    content: Settings,
+    saved: TrainingConfig,
+    options: Settings,
+) -> None:
+    reason = f"{path} is not used, since a run is resumed with its own settings"
+    try:
+        differences = _differences(validate_config(config_class, content, str(path)), saved)
+    except UserError:  # it needs options, or is another script's
+        say(reason)
+        return
+    for name in ("save_dir", *options):
+        differences.pop(name, None)
+    if differences:
+        changes = ", ".join(differences.values())
+        say(f"{reason}: {changes}; to change one, give it as an option")
 
 
 def _folder_of(path: Path) -> Path:

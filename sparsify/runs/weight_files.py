@@ -72,9 +72,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: There is no such file, it is damaged, or it holds anything but named tensors.
     """
-    if not os.path.isfile(path):  # False where `Path.is_file` would raise
-        raise UserError(f"{path}: there is no such file; check the path")
-    check_regular(path, free_memory("cpu"))
+    _check_is_file(path, free_memory("cpu"))
     if path.suffix == ".safetensors":
         try:
             weights = load_file(path)
@@ -84,6 +82,12 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     if path.suffix != ".pt":
         raise UserError(f"{path}: weights are read from .safetensors and .pt files")
     return _checked(path, _load_plain(path))
+
+
+def _check_is_file(path: Path, max_bytes: int | None = None) -> None:
+    if not os.path.lexists(path):
+        raise UserError(f"{path}: there is no such file; check the path")
+    check_regular(path, max_bytes)
 
 
 def _checked(path: Path, content: object) -> dict[str, Tensor]:
@@ -111,8 +115,7 @@ def load_metadata(path: Path) -> dict[str, str]:
     """
     if path.suffix != ".safetensors":
         return {}
-    if not os.path.isfile(path):  # to open a pipe would wait for ever
-        raise UserError(f"{path}: there is no such file; check the path")
+    _check_is_file(path)  # to open a pipe would wait for ever
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}

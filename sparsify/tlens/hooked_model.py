@@ -144,6 +144,8 @@ class HookedModel:
         else:
             input, n_pad = flush_right(self.model, prompt)
             kwargs = {**padding_options(self.model, input, n_pad), **kwargs}
+        if kwargs["max_new_tokens"] < 1:
+            raise UserError(f"max_new_tokens: {kwargs['max_new_tokens']} adds none; give 1 or more")
         # The last token is written, but not read.
         self.check_length(prompt.shape[-1] + kwargs["max_new_tokens"] - 1)
         if self.is_bridge:

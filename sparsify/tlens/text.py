@@ -66,6 +66,8 @@ def as_tokens(
         return to_tokens(model, input)
     if is_texts(input):
         return to_tokens(model, list(input), padding_side="right")
+    if isinstance(input, Sequence) and len(input) == 0:
+        raise UserError("tokens: the list is empty; give at least one text or sequence")
     ids = as_ids(model, input, "tokens")
     if ids.ndim not in (1, 2):
         raise UserError(
@@ -76,8 +78,18 @@ def as_tokens(
 
 
 def is_texts(input: object) -> TypeGuard[Sequence[str]]:
-    """Return whether an input is several texts."""
-    return isinstance(input, Sequence) and len(input) > 0 and isinstance(input[0], str)
+    """Return whether an input is several texts.
+
+    Raises:
+        UserError: Some of it is text, and some is not.
+    """
+    if not isinstance(input, Sequence) or isinstance(input, str):
+        return False
+    are_texts = [isinstance(part, str) for part in input]
+    if any(are_texts) and not all(are_texts):
+        other = type(input[are_texts.index(False)]).__name__
+        raise UserError(f"tokens: a list of texts also holds something else ({other}); remove it")
+    return any(are_texts)
 
 
 def as_ids(
@@ -96,7 +108,7 @@ def as_ids(
     except (TypeError, ValueError, RuntimeError):  # depends on what is given
         raise UserError(
             f"{setting}: a {type(given).__name__} of this content holds no token ids; give text, "
-            "or whole numbers of shape (batch, position)"
+            "or whole numbers of shape (batch, position), with rows of one length"
         ) from None
     if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
         raise UserError(f"{setting}: have type {ids.dtype}, but token ids are whole numbers")

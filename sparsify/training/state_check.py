@@ -72,9 +72,9 @@ def check_tensor(found: object, like: Tensor, entry: str) -> Tensor:
     assert isinstance(found, Tensor)
     if like.is_floating_point():
         is_valid = found.isfinite() | (found.isnan() & like.isnan().to(found.device))
-        require(bool(is_valid.all()), found, "finite numbers", entry)
+        require(bool(is_valid.all()), found, "one of finite numbers", entry)
     elif like.dtype is not torch.bool:
-        require(bool((found >= 0).all()), found, "no negative numbers", entry)
+        require(bool((found >= 0).all()), found, "one without negative numbers", entry)
     return found
 
 

@@ -96,7 +96,7 @@ def test_a_text_is_never_cut_off(model: SAETransformer):
         ("def", "batches: is text, and the model has no tokenizer"),
         ([torch.zeros(3, dtype=torch.long)], r"batches: a batch of shape \(3,\); give a list"),
         (torch.zeros(2, 3, dtype=torch.long), r"batches: a batch of shape \(3,\); give a list"),
-        ([["def"]], "batches: a list of this content holds no token ids; give text, or whole"),
+        ([["def"]], "batches: one is a list of texts, whose padding would count; give each text"),
         ([{"input_ids": [1, 2]}], "batches: a dict of this content holds no token ids"),
         ([[1, 2, 3]], r"batches: a batch of shape \(3,\); give a list of batches, each a text or"),
         ([torch.zeros(1, 1, dtype=torch.long)], "a sequence of 1 tokens has no next token"),

@@ -106,11 +106,11 @@ CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
     ),
     "moment that is not finite": (
         put(*MOMENT, "exp_avg", value=lambda t: t * torch.nan),
-        "but finite numbers was expected",
+        "but one of finite numbers was expected",
     ),
     "second moment below zero": (
         put(*MOMENT, "exp_avg_sq", value=lambda t: -1 - t),
-        "but no negative numbers was expected",
+        "but one without negative numbers was expected",
     ),
     "moment that is a number": (put(*MOMENT, "exp_avg", value=1.0), "exp_avg is 1.0, but a tensor"),
     "moment that is missing": (put(*MOMENT, "exp_avg", value=None), "'exp_avg', 'exp_avg_sq', 'st"),
@@ -142,7 +142,7 @@ CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
     ),
     "gradient that is not finite": (
         put(*GRADIENT, value=lambda t: t / 0),
-        "gradients.0 is a tensor (strided, float32, shape [6, 3]), but finite numbers was",
+        "gradients.0 is a tensor (strided, float32, shape [6, 3]), but one of finite numbers was",
     ),
     "gradient of a row that is not there": (put(*GRADIENT, value=sparse([6])), "indices below 6"),
     "gradient of a row before the first": (put(*GRADIENT, value=sparse([-1])), "no negative numb"),
@@ -167,7 +167,7 @@ CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
     ),
     "dead counts below zero": (
         put("dead", "n_since", HERE, value=lambda t: t - 99),
-        "no negative numbers",
+        "one without negative numbers",
     ),
     "dead counts that are missing": (
         put("dead", "counters", value=None),

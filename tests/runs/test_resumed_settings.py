@@ -108,12 +108,25 @@ def test_a_config_beside_it_is_compared_and_not_used(
     assert settings(run_dir) == before | {"keep_last": 4}
 
 
-def test_a_config_beside_it_must_be_valid(
-    recipe: Path, run_dir: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("line", ["n_sample: 3\n", "warmup_samples: 48\n"])
+def test_a_config_beside_it_need_not_be_valid(
+    line: str, recipe: Path, run_dir: Path, capsys: pytest.CaptureFixture[str]
 ):
-    recipe.write_text(RECIPE + "n_sample: 3\n")
-    assert script(str(recipe), "--resume") == EXIT_BAD_INPUT
-    assert "recipe.yaml is not a valid config:\n  unknown key 'n_sample'" in capsys.readouterr().err
+    """It may belong to another script, or be valid only with options."""
+    recipe.write_text(RECIPE + line)
+    assert script(str(recipe), "--resume", "--n_samples", "48") == 0
+    said = capsys.readouterr().err
+    assert "recipe.yaml is not used, since a run is resumed with its own settings\n" in said
+    assert "32 samples, with n_samples: 48 instead of 32" in said
+
+
+def test_what_options_do_is_not_blamed_on_the_file_of_the_run(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert script("--resume", str(run_dir), "--warmup_samples", "64") == EXIT_BAD_INPUT
+    said = capsys.readouterr().err
+    assert f"'{run_dir}/final_config.yaml' with the options of the command line is not a va" in said
+    assert "warmup_samples (64) must be below n_samples (32)" in said
 
 
 def test_a_dry_run_says_what_is_changed(run_dir: Path, capsys: pytest.CaptureFixture[str]):
@@ -128,7 +141,7 @@ def test_a_dry_run_says_what_is_changed(run_dir: Path, capsys: pytest.CaptureFix
     [
         (["--lr", "0.3"], "lr: 0.3 instead of 0.2; remove the change"),
         (["--n_samples", "16"], "n_samples (16) must be at least 32"),
-        (["--n_samples", "0"], "final_config.yaml is not a valid config:\n  n_samples: Input"),
+        (["--n_samples", "0"], "is not a valid config:\n  n_samples: Input"),
         (["--save_dir", "null"], "save_every_n_samples (16) needs a save_dir, which is null"),
         (["--resume", "nowhere"], "resume: there is no folder 'nowhere'; give the folder of a run"),
         (["--resume", "."], "resume: '.' is not a run of this script, or its config is damaged"),

@@ -254,7 +254,7 @@ def test_token_ids_are_taken_as_what_they_are(tiny_model: Any, convert: Callable
             [[1, 2], [3]],
             "a list of this content holds no token ids; give text, or whole numbers of",
         ),
-        ([], "whole numbers"),
+        ([], "the list is empty; give at least one|whole numbers"),
         (torch.zeros(1, 2, 3, dtype=torch.long), r"shape \(1, 2, 3\)"),
         (torch.tensor(3), r"shape \(\)"),
         ([[1] * 17], "a sequence of 1[79] does not fit into the model's context of 16"),
@@ -280,3 +280,14 @@ def test_a_model_may_be_given_by_its_name():
     assert torch.equal(model(TEXTS[0], sae_positions=[])[0], expected(TEXTS[0]))
     with pytest.raises(UserError, match="cannot load 'tiny-pythn'; did you mean 'tiny-python'"):
         SAETransformer("tiny-pythn", POSITION, 4.0)
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_a_text_is_continued_by_one_token_at_least(model: SAETransformer, n: int):
+    with pytest.raises(UserError, match=f"max_new_tokens: {n} adds none; give 1 or more"):
+        model.generate("def", max_new_tokens=n)
+
+
+def test_texts_and_ids_do_not_mix(model: SAETransformer):
+    with pytest.raises(UserError, match=r"a list of texts also holds something else \(int\)"):
+        model.generate(["def", 1])
