@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -18,7 +19,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerFast
 
-from sparsify.data import sources, table_files
+from sparsify.data import json_files, limits, sources, table_files
 from sparsify.data.config import DataConfig
 from sparsify.data.loader import build_loader
 from sparsify.data.sources import open_documents
@@ -63,12 +64,19 @@ def arrow(new: Callable[[Any, pa.Schema], Any], *texts: str) -> bytes:
     return buffer.getvalue().to_pybytes()
 
 
+def compressed(sink: Any, schema: pa.Schema) -> Any:
+    return pa.ipc.new_stream(sink, schema, options=pa.ipc.IpcWriteOptions(compression="zstd"))
+
+
 def arrow_stream(*texts: str) -> bytes:
     return arrow(pa.ipc.new_stream, *texts)
 
 
 def zstd(text: str) -> bytes:
     return pa.Codec("zstd").compress(text.encode(), asbytes=True)
+
+
+J, P = jsonl("a"), parquet("b")
 
 
 def write(folder: Path, files: Files) -> Path:
@@ -164,6 +172,12 @@ FORMS: dict[str, str | bytes] = {
     "crlf.jsonl": jsonl("a", "b\n", "ü").replace("\n", "\r\n"),
     "bom-crlf-blank.jsonl": BOM + "\r\n" + jsonl("a", "", "b\n", "ü").replace("\n", "\r\n\r\n"),
     "no-end.jsonl": jsonl("a", "b\n", "ü").strip(),
+    "omitted-nulls.jsonl": '{"id": 1}\n' + jsonl("a", "b\n") + '{"id": 2}\n' + jsonl("ü"),
+    "null-first.jsonl": '{"text": null, "u": "x"}\n'
+    + jsonl("a", "b\n")
+    + '{"u": "y"}\n'
+    + jsonl("ü"),
+    "zstd.arrow": arrow(compressed, "a", "b\n", "ü"),
     "separators.jsonl": '{"text": "a"}\n{"text": "b\\n"}\n{"text": "ü", "x": "\u2028\x85"}\n',
 }
 
@@ -191,7 +205,7 @@ def test_tables_of_all_forms_resume_in_the_middle(
 def test_a_long_list_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     texts = [f"{index} " + "ü]," * (index % 40) for index in range(500)]
     rows = [{"text": text} for text in texts]
-    monkeypatch.setattr(table_files, "_JSON_PIECE_BYTES", 100)
+    monkeypatch.setattr(json_files, "_JSON_PIECE_BYTES", 100)
     for indent in (None, 1):
         write(tmp_path, {"t.json": json.dumps(rows, indent=indent, ensure_ascii=False)})
         assert read(tmp_path / "t.json") == sorted(texts)
@@ -261,6 +275,13 @@ def repeated(text: str, n_rows: int, compression: str = "snappy") -> bytes:
     return buffer.getvalue().to_pybytes()
 
 
+def arrow_of(column: pa.Array) -> bytes:
+    batch, buffer = pa.record_batch({"text": column}), pa.BufferOutputStream()
+    with compressed(buffer, batch.schema) as writer:
+        writer.write_batch(batch)
+    return buffer.getvalue().to_pybytes()
+
+
 BAD_FILES: dict[str, tuple[str | bytes, str]] = {
     "t.csv": ("text\na\n", "is a table of comma-separated values, which is not read; convert it"),
     "t.TSV": ("text\na\n", "is a table of comma-separated values"),
@@ -310,6 +331,17 @@ BAD_FILES: dict[str, tuple[str | bytes, str]] = {
         repeated("x" * 300_000_000, 2, "zstd"),
         "bytes of its row group 0 would become 3",
     ),
+    "joined.arrow": (arrow_stream("a") + arrow_stream("b"), "more follows behind the end of its"),
+    "joined-files.arrow": (2 * arrow(pa.ipc.new_file, "a"), "more follows behind the end of its"),
+    "joined.json": (f"{LISTED}\n{LISTED}\n", "more follows behind the end of its list; write"),
+    "joined-lines.json": (f"{LISTED}\n{J}", "more follows behind the end of its list; write"),
+    "joined-empty.json": (f"[]\n{LISTED}", "more follows behind the end of its list; write one"),
+    "joined.json.gz": (2 * gzip.compress(LISTED.encode()), "more follows behind the end of its"),
+    "two-columns.jsonl": (
+        jsonl("a", "b", "c") + 5 * '{"content": "d"}\n',
+        """row 4 has no column 'text', but text in 'content'; rename that, or add "text": null""",
+    ),
+    "empty-rows.jsonl": ("{}\n{}\n", "row 1 has no column 'text'"),
     "late.jsonl": (jsonl("a") + '{"text": 7}', "holds values of type int, not text; set is_token"),
 }
 
@@ -342,10 +374,43 @@ def test_each_bad_file_has_its_place_named_in_a_folder(tmp_path: Path):
 
 
 def test_rows_that_are_too_long_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(table_files, "MAX_DOCUMENT", 50)
+    for module in (json_files, table_files):
+        monkeypatch.setattr(module, "MAX_DOCUMENT", 50)
     write(tmp_path, {"t.jsonl": jsonl("a", "x" * 60), "t.parquet": parquet("a", "x" * 60)})
     assert "line 2 has more than 50 bytes" in refusal(tmp_path / "t.jsonl")
     assert "row 2 has 60 characters, more than 50; cut it into" in refusal(tmp_path / "t.parquet")
+
+
+def test_list_with_space_behind_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(json_files, "_JSON_PIECE_BYTES", 10)
+    write(tmp_path, {"t.json": LISTED + "\n" * 50, "u.json": LISTED + "\n" * 50 + "\0"})
+    assert read(tmp_path / "t.json") == ["a", "b\n", "ü"]
+    assert "more follows behind the end of its list" in refusal(tmp_path / "u.json")
+
+
+@pytest.mark.parametrize("is_dictionary", [True, False])
+def test_arrow_that_grows_is_refused(
+    is_dictionary: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    texts = pa.array(["x" * 2_000_000, "y"])
+    content = arrow_of(texts.dictionary_encode() if is_dictionary else texts)
+    write(tmp_path, {"t.arrow": content})
+    assert [len(text) for text in read(tmp_path / "t.arrow")] == [2_000_000, 1]
+    monkeypatch.setattr(limits, "_BOMB_BYTES", 1_000_000)
+    assert re.search(
+        r"of its batches would become 2,00\d,\d{3} in mem", refusal(tmp_path / "t.arrow")
+    )
+
+
+def test_many_empty_rows_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(table_files, "_MAX_EMPTY_ROWS", 5)
+    write(tmp_path, {"t.parquet": parquet("a", *[None] * 5, "b", *[""] * 5, "c")})
+    assert read(tmp_path / "t.parquet") == ["a", "b", "c"]
+    write(tmp_path, {"t.parquet": parquet("a", *[None] * 3, *[""] * 3, "b")})
+    assert "6 rows up to row 7 are empty, one after the other" in refusal(tmp_path / "t.parquet")
+    endless = pa.Array.from_buffers(pa.null(), 2**31 - 1, [None])
+    write(tmp_path, {"t.arrow": arrow_of(endless)})
+    assert "6 rows up to row 6 are empty, one after the other" in refusal(tmp_path / "t.arrow")
 
 
 @pytest.mark.parametrize("name", ["json", "parquet", "csv", "text", "arrow", "webdataset"])
@@ -359,7 +424,6 @@ def test_formats_are_not_data_of_the_working_folder(
 
 # Folders
 
-J, P = jsonl("a"), parquet("b")
 FOLDERS: dict[str, tuple[Files, list[str], str]] = {
     "tables": (
         {
