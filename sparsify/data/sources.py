@@ -37,7 +37,7 @@ def open_documents(config: DataConfig) -> TextFiles | TableRows:
         files = iter_files("validation" if config.split == "validation" else "train")
         return TextFiles(files, skip_binary=True, found=describe(files))
     # Unlike their like in pathlib, these raise nothing for a name that no path can have.
-    path = Path(os.path.expanduser(name))
+    path = Path(name)
     if os.path.isdir(path):
         found = look_into(path, name, config.split)
         if found.is_table:
@@ -97,7 +97,7 @@ def _open_local_table(config: DataConfig, files: Sequence[Path], left_out: str) 
     name = config.dataset_name
     if config.subset is not None:
         raise UserError(f"subset: '{config.subset}' has no meaning for local files; remove it")
-    if config.split != "train" and len(files) == 1 and files[0] == Path(os.path.expanduser(name)):
+    if config.split != "train" and len(files) == 1 and files[0] == Path(name):
         raise UserError(
             f"split: a file has no split '{config.split}' ({name}); remove the setting, and name "
             f"another file in dataset_name for other data"
