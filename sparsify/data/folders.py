@@ -3,23 +3,30 @@
 A folder that could be meant in two ways is refused; nothing is chosen silently.
 """
 
-import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
+from sparsify.data.saved_sets import saved_files, saved_splits
 from sparsify.data.table_files import format_of
 from sparsify.settings.base_config import UserError
 from sparsify.settings.files import read_text
 
 # Files that go with tables and are no data. Other files beside tables are a question.
-_COMPANION_NAMES = re.compile(r"(?i)(readme|licen[cs]e|notice|citation|_success)(\W.*)?")
+_COMPANION_NAMES = re.compile(
+    r"(?i)_[^.]*|.*~|(_success|readme|licen[cs]e|copying|notice|citation|requirements|checksums?"
+    r"|(md5|sha\d+)(sums?)?)([\W_].*)?"
+)
 _COMPANION_SUFFIXES = {
-    *(".md", ".rst", ".yaml", ".yml", ".toml", ".lock", ".crc", ".sha256", ".md5"),
-    *(".png", ".jpg", ".jpeg", ".svg", ".gif", ".pdf"),
+    *(".md", ".rst", ".yaml", ".yml", ".toml", ".lock", ".crc", ".md5", ".sha1", ".sha256"),
+    *(".sha512", ".png", ".jpg", ".jpeg", ".svg", ".gif", ".pdf", ".tmp", ".bak", ".idx"),
 }
+# Texts, but beside tables they describe them.
+_PAGES = {".html", ".htm"}
+# Texts, but beside parquet or Arrow, which nobody writes by hand, they make or load them.
+_PROGRAMS = {".py", ".sh", ".ipynb"}
 _METADATA = {
     *("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"),
 }
@@ -56,8 +63,8 @@ def look_into(folder: Path, name: str, split: str) -> Found:
     Raises:
         UserError: It cannot be read, is ambiguous, is damaged, or has no such split.
     """
-    if (saved := _saved_splits(folder, name)) is not None:
-        return Found(_saved_files(_chosen(saved, split, name), name), is_table=True)
+    if (saved := saved_splits(folder, name)) is not None:
+        return Found(saved_files(_chosen(saved, split, name), name), is_table=True)
     files, others = _walk(folder, name)
     tables, left_out = _tables(folder, files, name)
     if not tables:
@@ -127,12 +134,12 @@ def _tables(folder: Path, files: list[Path], name: str) -> tuple[list[Path], lis
     strange = [
         path
         for path in rest
-        if path in named and not (_is_companion(path) or named[path] == "json")
+        if path in named and not (_goes_with(path, formats) or named[path] == "json")
     ]
     if len(formats - {"json"}) > 1 or (tables and strange):
         raise UserError(
             f"dataset_name: '{name}' holds {_count(tables + strange)}, and it is not clear which "
-            f"are meant; name one file, or a folder with files of one format"
+            f"are meant; name one file, as '{tables[0]}', or a folder with files of one format"
         )
     # In the order of their names as `datasets` has it, which orders of rows depend on.
     return sorted(tables, key=str), rest
@@ -142,12 +149,17 @@ def _is_private(path: PurePath) -> bool:
     return any(part.startswith("__") for part in path.parts[:-1])
 
 
+def _goes_with(path: Path, formats: Set[str | None]) -> bool:
+    allows_programs = not formats & {"json lines", "json"}
+    texts = _PAGES | _PROGRAMS if allows_programs else _PAGES
+    return _is_companion(path) or path.suffix.lower() in texts
+
+
 def _is_companion(path: Path) -> bool:
-    return (
-        path.name in _METADATA
-        or path.suffix.lower() in _COMPANION_SUFFIXES
-        or _COMPANION_NAMES.fullmatch(path.name) is not None
-    )
+    if path.name in _METADATA:
+        return True
+    is_named = _COMPANION_NAMES.fullmatch(path.name) is not None
+    return path.suffix.lower() in _COMPANION_SUFFIXES or (is_named and format_of(path) is None)
 
 
 def _count(paths: Sequence[PurePath]) -> str:
@@ -234,63 +246,3 @@ def _check_card(folder: Path, name: str) -> None:
             f"dataset_name: '{name}' holds several subsets, as its README.md says "
             f"({', '.join(subsets[:9])}); name the folder or the file of one"
         )
-
-
-# Data sets that `datasets` has saved
-
-
-def _saved_splits(folder: Path, name: str) -> dict[str, list[Path]] | None:
-    """Folders of a data set of `save_to_disk`, by split. None: it is something else."""
-    if (folder / "dataset_dict.json").exists():
-        content = _metadata(folder / "dataset_dict.json", name)
-        splits = content.get("splits")
-        if not isinstance(splits, list) or not all(_is_plain_name(key) for key in splits):
-            raise UserError(_damaged(folder / "dataset_dict.json", name, "it lists no splits"))
-        return {key: [folder / key] for key in splits}
-    if (folder / "state.json").exists() and (folder / "dataset_info.json").exists():
-        content = _metadata(folder / "state.json", name)
-        # A single data set is one split, whatever it was part of.
-        return {"train": [folder], str(content.get("_split") or "train"): [folder]}
-    below = [path.parent for path in folder.glob("*/state.json")]
-    is_part = (folder / "dataset_info.json").exists() and any(folder.glob("data-*.arrow"))
-    if is_part or any((path / "dataset_info.json").exists() for path in below):
-        missing = "state.json" if is_part else "dataset_dict.json"
-        raise UserError(_damaged(folder / missing, name, "there is no such file"))
-    return None
-
-
-def _saved_files(folders: list[Path], name: str) -> tuple[Path, ...]:
-    [folder] = folders
-    state = folder / "state.json"
-    listed = _metadata(state, name).get("_data_files")
-    names = [file.get("filename") for file in listed] if isinstance(listed, list) else []
-    if not names or not all(_is_plain_name(file) for file in names):
-        raise UserError(_damaged(state, name, "it lists no files"))
-    files = tuple(folder / str(file) for file in names)
-    for path in files:
-        if not path.is_file():
-            raise UserError(_damaged(path, name, "there is no such file"))
-    return files
-
-
-def _is_plain_name(name: object) -> bool:
-    # Also one that leads out of the folder would be read.
-    return isinstance(name, str) and name not in {"", ".", ".."} and Path(name).name == name
-
-
-def _metadata(path: Path, name: str) -> dict[str, object]:
-    try:
-        content = json.loads(read_text(path))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or "it is not JSON"
-        raise UserError(_damaged(path, name, reason)) from error
-    if not isinstance(content, dict):
-        raise UserError(_damaged(path, name, "it is not a JSON object"))
-    return content
-
-
-def _damaged(path: Path, name: str, reason: str) -> str:
-    return (
-        f"dataset_name: '{name}' is a data set of save_to_disk, but '{path}' is missing or damaged "
-        f"({reason}); copy the folder again"
-    )

@@ -424,6 +424,11 @@ def test_formats_are_not_data_of_the_working_folder(
 
 # Folders
 
+COMPANIONS = (
+    *("_metadata", "_common_metadata", "_committed_1", "SHA256SUMS", "md5sums.txt", "x.sha512"),
+    *("LICENSE_MIT.txt", "LICENSE-2.0.txt", "README_de.txt", "index.html", "train.jsonl~"),
+    *("x.tmp", "x.idx", "x.jsonl.bak", "requirements.txt", "requirements-dev.txt", "COPYING"),
+)
 FOLDERS: dict[str, tuple[Files, list[str], str]] = {
     "tables": (
         {
@@ -451,6 +456,31 @@ FOLDERS: dict[str, tuple[Files, list[str], str]] = {
         },
         ["b", "b"],
         "table: 2 .parquet, 2 rows; left out: 2 .json, _SUCCESS, README.md, 1 more",
+    ),
+    "what goes with a table": (
+        {"a.jsonl": J, **dict.fromkeys(COMPANIONS, "x")},
+        ["a"],
+        "table: a.jsonl; left out: ",
+    ),
+    "programs beside parquet": (
+        {"a.parquet": P, "load.py": "x", "sub/make.sh": "x", "look.ipynb": "{}"},
+        ["b"],
+        "table: a.parquet, 1 rows; left out: look.ipynb, load.py, make.sh",
+    ),
+    "programs beside Arrow": (
+        {"a.arrow": arrow_stream("a"), "load.py": "x"},
+        ["a"],
+        "table: a.arrow; left out: load.py",
+    ),
+    "pages and JSON": (
+        {"a.html": "1", "b.html": "2", "c.json": "{}"},
+        ["1", "2", "{}"],
+        "texts: 2 .html, c.json",
+    ),
+    "texts with the names of companions": (
+        {"_a.txt": "1", "requirements.txt": "2", "b.txt": "3", "c.txt~": "4"},
+        ["1", "2", "3", "4"],
+        "texts: 3 .txt, c.txt~",
     ),
     "json beside jsonl": (
         {"a.jsonl": J, "b.json": LISTED},
@@ -533,6 +563,15 @@ BAD_FOLDERS: dict[str, tuple[Files, str]] = {
         "2 .ndjson, a.arrow, b.pa",
     ),
     "with text": ({"a.jsonl": J, "b.txt": "text"}, "holds a.jsonl, b.txt, and it is not clear"),
+    "with a program": (
+        {"a.jsonl": J, "load.py": "x"},
+        "holds a.jsonl, load.py, and it is not clear which are meant; name one file, as '",
+    ),
+    "with a private program": (
+        {"a.jsonl": J, "__init__.py": ""},
+        "holds a.jsonl, __init__.py, and",
+    ),
+    "with private csv": ({"a.parquet": P, "_b.csv": "text"}, "holds _b.csv, a.parquet, and"),
     "with csv": ({"a.parquet": P, "b.csv": "text"}, "holds b.csv, a.parquet, and"),
     "with code": (
         {"a.jsonl": J, **{f"{i}.py": "" for i in range(9)}},
