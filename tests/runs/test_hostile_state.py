@@ -106,11 +106,11 @@ CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
     ),
     "moment that is not finite": (
         put(*MOMENT, "exp_avg", value=lambda t: t * torch.nan),
-        "but one of finite numbers was expected",
+        "but one of finite numbers was",
     ),
     "second moment below zero": (
         put(*MOMENT, "exp_avg_sq", value=lambda t: -1 - t),
-        "but one without negative numbers was expected",
+        "but one without negative numbers was",
     ),
     "moment that is a number": (put(*MOMENT, "exp_avg", value=1.0), "exp_avg is 1.0, but a tensor"),
     "moment that is missing": (put(*MOMENT, "exp_avg", value=None), "'exp_avg', 'exp_avg_sq', 'st"),
@@ -145,7 +145,7 @@ CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
         "gradients.0 is a tensor (strided, float32, shape [6, 3]), but one of finite numbers was",
     ),
     "gradient of a row that is not there": (put(*GRADIENT, value=sparse([6])), "indices below 6"),
-    "gradient of a row before the first": (put(*GRADIENT, value=sparse([-1])), "no negative numb"),
+    "gradient of a row before the first": (put(*GRADIENT, value=sparse([-1])), "without negative numb"),
     "gradient of wider rows": (put(*GRADIENT, value=sparse([1], 4)), "but rows of a tensor"),
     "gradient of single entries": (
         put(*GRADIENT, value=lambda t: t.to_sparse()),
@@ -188,7 +188,7 @@ CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
     "a window that is a number": (put("firing", "is_open", value=1), "is_open is 1, but a bool"),
     "a controller that is not finite": (
         put("coefficients", "controllers", HERE, "sum", value=torch.tensor(torch.inf)),
-        "controllers.here.sum is a tensor (strided, float32, shape []), but finite numbers",
+        "controllers.here.sum is a tensor (strided, float32, shape []), but one of finite numbers",
     ),
     "samples that are no number": (put("coefficients", "n_done", value=[1]), "n_done is a list of"),
     "place that is no number": (put("loader", "n_given", value=True), "loader.n_given is bool"),
