@@ -143,7 +143,6 @@ def exit_code_of(work: Callable[[], int]) -> int:
     a config was asked for, it is what was to be done: 1.
     """
     with forgiving_streams() as is_stdout_lost:
-        read_dotenv()
         let_threads_sleep()
         if logging.lastResort is not None:  # the handler of what no other one takes
             logging.lastResort.setFormatter(MessageFormatter())
@@ -158,6 +157,7 @@ def exit_code_of(work: Callable[[], int]) -> int:
 
 def _exit_code_of(work: Callable[[], int]) -> int:
     try:
+        read_dotenv()
         return work()
     except UserError as error:
         tell(f"error: {redact_secrets(str(error))}")

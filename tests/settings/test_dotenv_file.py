@@ -46,6 +46,29 @@ def test_other_variables_are_ignored_with_a_warning(
         assert f"{folder / '.env'}: '{name}' ignored, as only WANDB_API_KEY" in warned
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"HF_TOKEN=a\xffb\n", "can't decode byte 0xff"),
+        (b"HF_TOKEN=a\0b\n", "it holds a NUL character"),
+        (None, "it has 3,000,000,000 bytes, and at most 1,000,000 were expected"),
+    ],
+    ids=["not UTF-8", "NUL", "huge"],
+)
+def test_a_file_that_is_no_text_is_ignored_with_one_warning(
+    content: bytes | None, reason: str, folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = folder / ".env"
+    path.write_bytes(content or b"")
+    if content is None:
+        os.truncate(path, 3_000_000_000)  # sparse: takes no room
+    read_dotenv()
+    assert not set(VARIABLES) & os.environ.keys()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {path}: is ignored, as it cannot be read (")
+    assert reason in line
+
+
 def test_without_a_file_nothing_is_read(folder: Path, capsys: pytest.CaptureFixture[str]):
     read_dotenv()
     assert not set(VARIABLES) & os.environ.keys()
