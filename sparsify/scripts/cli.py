@@ -19,7 +19,14 @@ import sparsify
 from sparsify.runs.config import SAERunConfig
 from sparsify.runs.run_folder import CONFIG_FILE
 from sparsify.settings.base_config import AnyConfig, UserError, nearest, read_yaml, validate_config
-from sparsify.settings.command_line import Origin, Settings, load_config, merged, named_file
+from sparsify.settings.command_line import (
+    Origin,
+    Parser,
+    Settings,
+    load_config,
+    merged,
+    named_file,
+)
 from sparsify.settings.dotenv_file import read_dotenv
 from sparsify.settings.secrets import redact_secrets
 from sparsify.settings.terminal import MessageFormatter, forgiving_streams, tell
@@ -244,13 +251,12 @@ def command_parser() -> argparse.ArgumentParser:
         textwrap.fill(f"  {command:<12}{line}", subsequent_indent=14 * " ", width=80)
         for command, line in first_lines.items()
     ]
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="sparsify",
         usage="sparsify COMMAND ...",
         description=sparsify.__doc__,
         epilog="\n".join(["commands, each with a --help of its own:", *commands]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--version", action="version", version=f"sparsify {version('sparsify-e2e')}"

@@ -69,11 +69,7 @@ def load_config(
         UserError: The file or an override is not valid.
         SystemExit: `--help` or `--print-config` has been answered.
     """
-    parser = _Parser(
-        prog=program_name(),
-        description=description,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    parser = Parser(description=description, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
         "config",
         metavar="CONFIG.yaml",
@@ -121,16 +117,21 @@ def _settings_with_secrets(value: Any, name: str = "") -> Iterator[str]:  # what
         yield name
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse, with errors raised as `UserError`, and options only by their full name."""
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors raised as `UserError`, and options only by their full name.
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, **kwargs)
+    argparse itself prints what was typed as it is, and ends the process.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:  # what argparse takes
+        super().__init__(**{"prog": program_name(), "allow_abbrev": False, **kwargs})
 
     def error(self, message: str) -> NoReturn:
+        """Raise the message."""
         raise UserError(f"{message}; see --help")
 
     def option_names(self) -> list[str]:
+        """Return all options."""
         return list(self._option_string_actions)
 
 

@@ -12,6 +12,10 @@ from sparsify.scripts import cli
 from sparsify.scripts.cli import run_script
 from sparsify.settings.base_config import BaseConfig, UserError
 
+RESULT_SCRIPTS = (
+    "sparsify.scripts.results.run_kinds",
+    "sparsify.scripts.results.run_results",
+)
 TRAIN = [name for name in cli.COMMANDS if name.startswith("train")]
 
 
@@ -185,6 +189,32 @@ def test_usage_names_the_command(
 ):
     assert call(command, "--help") == 0
     assert capsys.readouterr().out.startswith(f"usage: sparsify {command} ")
+
+
+@pytest.mark.parametrize("module", [*cli.COMMANDS.values(), *RESULT_SCRIPTS])
+@pytest.mark.parametrize("argument", ["--x\x1b[2J\x9b2J", "~\x1b[2Jz/a", "--processes=\x1b[2J\nx"])
+def test_what_was_typed_cannot_act_on_the_terminal(
+    module: str, argument: str, path: Path, capsys: pytest.CaptureFixture[str]
+):
+    try:
+        code = importlib.import_module(module).main([str(path), argument])
+    except SystemExit as stopped:
+        code = stopped.code
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert "\x1b" not in err
+    assert "\x9b" not in err
+
+
+@pytest.mark.parametrize("argument", ["--x\x1b[2J", "x\x1b[2J"])
+def test_what_was_typed_as_a_command_cannot_act_on_the_terminal(
+    argument: str, call: Callable[..., int], capsys: pytest.CaptureFixture[str]
+):
+    assert call(argument) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert "\\x1b[2J" in err
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

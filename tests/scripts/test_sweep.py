@@ -407,6 +407,5 @@ def test_the_table_shows_settings_that_the_command_line_gave(
 
 
 def test_zero_processes_are_refused(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit):
-        run_sweep.main(["sweep.yaml", "--processes", "0"])
+    assert run_sweep.main(["sweep.yaml", "--processes", "0"]) == 2
     assert "'0' is not a number of processes; give 1 or more" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from typing import Any
 
 from sparsify.scripts.benchmark.shapes import MODES, SHAPES, TECHNIQUES
 from sparsify.scripts.cli import exit_code_of
-from sparsify.settings.command_line import program_name
+from sparsify.settings.command_line import Parser
 from sparsify.settings.paths import user_path
 from sparsify.settings.terminal import tell
 
@@ -47,9 +47,7 @@ def benchmark(options: argparse.Namespace) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command line."""
-    parser = argparse.ArgumentParser(
-        prog=program_name(), description="Time training steps.", allow_abbrev=False
-    )
+    parser = Parser(description="Time training steps.")
     parser.add_argument("--shape", choices=SHAPES, help="sizes of the step; all if not given")
     parser.add_argument("--mode", choices=MODES, help="mix of loss terms; all if not given")
     parser.add_argument("--n-steps", type=int, default=9, help="timed steps of either kind (9)")

@@ -15,7 +15,7 @@ from pathlib import Path
 from sparsify.scripts.cli import exit_code_of
 from sparsify.scripts.evaluate.saved_runs import find_runs
 from sparsify.settings.base_config import UserError
-from sparsify.settings.command_line import program_name
+from sparsify.settings.command_line import Parser
 from sparsify.settings.paths import user_path
 
 
@@ -39,12 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command line."""
-    parser = argparse.ArgumentParser(
-        prog=program_name(),
+    parser = Parser(
         description="Evaluate trained SAEs on the held-out text of their runs; several on that of "
         "the first, with a table side by side. The result is printed, and written into the run's "
         "folder: evaluation.json, or for a checkpoint evaluation_{N}.json.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "runs",

@@ -16,7 +16,7 @@ from sparsify.runs.run_folder import CONFIG_FILE, RESULT_FILE
 from sparsify.scripts.cli import exit_code_of, training_scripts
 from sparsify.scripts.results.frontier import write_frontier
 from sparsify.settings.base_config import UserError
-from sparsify.settings.command_line import program_name
+from sparsify.settings.command_line import Parser
 from sparsify.settings.paths import user_path
 from sparsify.settings.terminal import report
 from sparsify.sweeps.jobs import finished_runs
@@ -35,9 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the options of the command line."""
-    parser = argparse.ArgumentParser(
-        prog=program_name(), description=str(__doc__).splitlines()[0], allow_abbrev=False
-    )
+    parser = Parser(description=str(__doc__).splitlines()[0])
     parser.add_argument(
         "paths",
         nargs="+",

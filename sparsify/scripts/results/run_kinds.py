@@ -8,7 +8,6 @@ docs/results/kinds.json and, as a table, to docs/kinds.md; those of recipes that
 here stay as they were.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -20,6 +19,7 @@ from sparsify.runs.run_folder import RESULT_FILE, write_text
 from sparsify.scripts.cli import exit_code_of, read_sae_run, training_scripts
 from sparsify.scripts.tables import check_places, markdown_table, put_into
 from sparsify.settings.base_config import read_yaml, validate_config
+from sparsify.settings.command_line import Parser
 from sparsify.settings.terminal import report
 from sparsify.sweeps.jobs import Job, known_runs
 from sparsify.sweeps.processes import add_processes_option, do_jobs
@@ -35,13 +35,17 @@ Row = dict[str, Any]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is not done and write the table; returns the exit code: 1 if a run failed."""
-    recipes = {path.stem: path for path in sorted(RECIPES.glob("*.yaml"), key=_in_order)}
-    parser = argparse.ArgumentParser(description="Train every kind of SAE and compare them.")
-    parser.add_argument("--recipes", nargs="*", choices=list(recipes), help="default: all")
-    add_processes_option(parser)
-    options = parser.parse_args(argv)
-    chosen = [recipes[name] for name in options.recipes or recipes]
-    return exit_code_of(lambda: run_kinds(recipes.values(), chosen, options.processes))
+
+    def work() -> int:
+        recipes = {path.stem: path for path in sorted(RECIPES.glob("*.yaml"), key=_in_order)}
+        parser = Parser(description="Train every kind of SAE and compare them.")
+        parser.add_argument("--recipes", nargs="*", choices=list(recipes), help="default: all")
+        add_processes_option(parser)
+        options = parser.parse_args(argv)
+        chosen = [recipes[name] for name in options.recipes or recipes]
+        return run_kinds(recipes.values(), chosen, options.processes)
+
+    return exit_code_of(work)
 
 
 def run_kinds(recipes: Iterable[Path], chosen: Iterable[Path], n_processes: int | None) -> int:

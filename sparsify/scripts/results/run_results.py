@@ -6,7 +6,6 @@ What is done is not done again, and an interrupted run is resumed, so the comman
 repeated after whatever has ended it.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -17,7 +16,7 @@ from sparsify.scripts.cli import exit_code_of, read_sae_run, run_command, traini
 from sparsify.scripts.results import claims
 from sparsify.scripts.results.frontier import write_frontier
 from sparsify.scripts.tables import check_places, put_into
-from sparsify.settings.command_line import load_config
+from sparsify.settings.command_line import Parser, load_config
 from sparsify.sweeps.jobs import Job, Script, finished_runs
 from sparsify.sweeps.processes import add_processes_option, do_jobs
 from sparsify.sweeps.sweep import load_sweep
@@ -35,10 +34,9 @@ FINETUNE = FOLDER / "recipes" / "finetune.yaml"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with `argv`, None for the process's arguments; returns the exit code."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=str(__doc__).splitlines()[0])
     add_processes_option(parser)
-    options = parser.parse_args(argv)
-    return exit_code_of(lambda: make_results(options.processes))
+    return exit_code_of(lambda: make_results(parser.parse_args(argv).processes))
 
 
 def make_results(n_processes: int | None) -> int:

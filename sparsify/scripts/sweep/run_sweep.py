@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparsify.scripts.cli import exit_code_of, training_scripts
-from sparsify.settings.command_line import program_name
+from sparsify.settings.command_line import Parser
 from sparsify.settings.paths import user_path
 from sparsify.sweeps.processes import add_processes_option, do_jobs
 from sparsify.sweeps.sweep import load_sweep
@@ -32,11 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Return the options of the command line, and those that are for all runs."""
-    parser = argparse.ArgumentParser(
-        prog=program_name(),
+    parser = Parser(
         description=str(__doc__).splitlines()[0],
         epilog="Further options, such as --n_samples 800, are settings for all runs.",
-        allow_abbrev=False,
     )
     parser.add_argument("sweeps", nargs="+", type=user_path, metavar="SWEEP.yaml")
     add_processes_option(parser)
