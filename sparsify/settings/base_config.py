@@ -21,7 +21,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from sparsify.settings.files import read_text
 from sparsify.settings.paths import absolute
 from sparsify.settings.secrets import redact_secrets
-from sparsify.settings.strict_yaml import parse_yaml
+from sparsify.settings.strict_yaml import format_yaml, parse_yaml
 from sparsify.settings.terminal import can_write, escaped, printable
 
 
@@ -167,9 +167,9 @@ def dump_yaml(config: BaseConfig, *, is_shown: bool = False) -> str:
             would obey, are escapes then.
     """
     content = config.model_dump(mode="json")
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    text = format_yaml(content)
     if is_shown and not (can_write(text) and printable(text) == text):
-        return yaml.safe_dump(content, sort_keys=False, allow_unicode=False)
+        return format_yaml(content, allow_unicode=False)
     return text
 
 

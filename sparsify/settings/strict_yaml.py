@@ -59,6 +59,16 @@ def parse_yaml(text: str) -> Any:  # what YAML can hold
         raise yaml.YAMLError(str(error)) from None
 
 
+def format_yaml(content: object, *, allow_unicode: bool = True) -> str:
+    """Return YAML that `parse_yaml` turns back into equal content, in plain data.
+
+    Args:
+        content: Plain data, without NUL characters and halves of a character.
+        allow_unicode: Whether characters that are not ASCII are written as they are.
+    """
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=allow_unicode)
+
+
 class _StrictLoader(yaml.SafeLoader):
     """PyYAML's safe loader, which refuses what it would take.
 
@@ -100,7 +110,19 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper, which quotes all text that it or `_StrictLoader` takes for more."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # Else some signs of a line's end are written as they are, and read as another one.
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 for _kind, (_pattern, _first) in _WORDS.items():
-    _StrictLoader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_kind}", re.compile(rf"(?:{_pattern})\Z"), _first
-    )
+    for _class in (_StrictLoader, _Dumper):
+        _class.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_kind}", re.compile(rf"(?:{_pattern})\Z"), _first
+        )

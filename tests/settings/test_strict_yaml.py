@@ -3,10 +3,12 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from sparsify.scripts.cli import training_scripts
 from sparsify.settings.base_config import read_yaml, validate_config
-from sparsify.settings.strict_yaml import parse_yaml
+from sparsify.settings.strict_yaml import format_yaml, parse_yaml
 from sparsify.sweeps.sweep import SweepConfig
 
 PACKAGE = Path(__file__).parents[2] / "sparsify"
@@ -105,6 +107,30 @@ def test_tags_are_refused(text: str, place: str):
 def test_a_number_of_more_digits_than_python_reads_is_refused():
     with pytest.raises(yaml.YAMLError, match="4300 digits"):
         parse_yaml(f"a: {5000 * '1'}\n")
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")) | st.from_regex(
+    r"[-+.0-9eE_:xinfaINFA~<=]{1,8}", fullmatch=True
+)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS
+VALUES = st.recursive(
+    SCALARS,
+    lambda parts: st.lists(parts, max_size=3) | st.dictionaries(TEXTS, parts, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(TEXTS, VALUES, max_size=3), st.booleans())
+@example(dict.fromkeys(["1.5e3", "-.5", "+.5", "1.e5", "7", "0100", "no", "\x85", ""], 1), True)
+def test_what_is_written_is_read_back(content: dict[str, Any], allow_unicode: bool):
+    text = format_yaml(content, allow_unicode=allow_unicode)
+    # As text, which tells 1 from 1.0 and true.
+    assert repr(parse_yaml(text)) == repr(content)
+
+
+@pytest.mark.parametrize("text", ["1.5e3", "-.5", "0100", "no", "2024-01-01", "1:30", "<<", "~"])
+def test_text_that_any_reader_may_take_for_more_is_written_in_quotes(text: str):
+    assert format_yaml({"a": text}) == f"a: '{text}'\n"
 
 
 @pytest.mark.parametrize("path", PACKAGED, ids=lambda path: path.stem)
