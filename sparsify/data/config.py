@@ -38,7 +38,8 @@ class DataConfig(BaseConfig):
     column_name: Name | None = None
     """Column of a table. null: `input_ids` if `is_tokenized`, else `text`."""
     tokenizer_name: NameOrPath | None = None
-    """Tokenizer of the text, or that made the ids. null: the model's own."""
+    """Tokenizer of the text, or that made the ids: `tiny-python`, a name of the hub, or a folder
+    with a slash in its path, as `./folder`. null: the model's own."""
     n_ctx: Count
     """Tokens in a sequence, BOS included."""
     add_bos_token: bool = False
@@ -96,7 +97,7 @@ class DataConfig(BaseConfig):
         names = {}
         if self.dataset_name != PYTHON_STDLIB:
             names["dataset_name"] = absolute_name(self.dataset_name)
-        # One without a slash may be bundled, or on the hub, whatever lies in this folder.
+        # One without a slash is bundled or on the hub; `load_tokenizer` takes no folder for it.
         if "/" in (self.tokenizer_name or ""):
             names["tokenizer_name"] = absolute_name(str(self.tokenizer_name))
         return self.model_copy(update=names)

@@ -83,7 +83,7 @@ def resolve_device(device: str) -> str:
 
 def _load_folder(folder: Path, processing: Processing) -> TLensModel:
     architecture, native = load_native_model(folder)
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = load_tokenizer(folder)
     if TLENS_HAS_HOOKED_TRANSFORMER:
         return _build_hooked_transformer(architecture, native, tokenizer, processing)
     return build_bridge(architecture, native, tokenizer, processing)

@@ -18,20 +18,21 @@ MAX_TOKENIZER_BYTES = 200_000_000
 _BUNDLED = {"tiny-python": Path(__file__).parent.parent / "assets" / "tiny_python"}
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """A fast tokenizer.
 
     Args:
-        name: `tiny-python` (bundled), a folder, or a name on the Hugging Face hub.
+        name: `tiny-python` (bundled), a name on the Hugging Face hub, or a folder: a `Path`, or
+            text with a slash.
 
     Raises:
-        UserError: There is no such tokenizer, or it cannot be had, or it is not a fast one.
+        UserError: There is no such tokenizer, it cannot be had, it is not a fast one, or its name
+            on the hub is also that of a file or folder here.
     """
-    _check_files(Path(_BUNDLED.get(name, name)))
+    source = _source(name)
+    _check_files(Path(source))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(_BUNDLED.get(name, name)), trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     # transformers passes on the errors of the hub client, the network, and its own of several
     # kinds; all mean that the tokenizer named by the person cannot be loaded.
     except Exception as error:
@@ -45,6 +46,21 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             f"tokenizer_name: '{name}' has no fast version (tokenizer.json); use one that has"
         )
     return tokenizer
+
+
+def _source(name: str | Path) -> str:
+    """Return where transformers finds a tokenizer. It looks into the working directory first."""
+    if isinstance(name, Path):
+        return str(name.absolute())
+    if name in _BUNDLED:
+        return str(_BUNDLED[name])
+    if "/" not in name and os.path.lexists(name):
+        raise UserError(
+            f"tokenizer_name: '{name}' is also a file or folder in '{os.getcwd()}', which would be "
+            f"loaded in place of the tokenizer of that name; write ./{name} if the folder is "
+            "meant, else rename it or work in another folder"
+        )
+    return name
 
 
 def _check_files(folder: Path) -> None:

@@ -51,6 +51,34 @@ def test_missing_tokenizer_is_named(tmp_path: Path):
         load_tokenizer(str(tmp_path))
 
 
+@pytest.mark.parametrize("is_link", [False, True])
+def test_a_name_of_the_hub_means_no_folder_that_is_here(
+    is_link: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = load_tokenizer("tiny-python")
+    tokenizer.save_pretrained(tmp_path / ("elsewhere" if is_link else "gpt2"))
+    if is_link:
+        Path("gpt2").symlink_to("elsewhere")
+    with pytest.raises(UserError) as error:
+        load_tokenizer("gpt2")
+    assert str(error.value) == (
+        f"tokenizer_name: 'gpt2' is also a file or folder in '{tmp_path}', which would be loaded "
+        "in place of the tokenizer of that name; write ./gpt2 if the folder is meant, else rename "
+        "it or work in another folder"
+    )
+    for folder in ("./gpt2", Path("gpt2")):
+        assert len(load_tokenizer(folder)) == len(tokenizer)
+
+
+def test_the_bundled_tokenizer_is_not_a_folder_that_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("tiny-python").mkdir()
+    assert len(load_tokenizer("tiny-python")) == 4096
+
+
 def through_transformer_lens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """The tokenizer as TransformerLens leaves it, which gives it the tokens that it lacks."""
     from transformer_lens.utilities.tokenize_utils import get_tokenizer_with_bos

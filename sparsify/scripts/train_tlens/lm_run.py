@@ -138,7 +138,7 @@ class LanguageModelRun(TrainingRun[Tensor]):
         config = self.config
         if self.run_dir is not None:
             origin = "the run's own"
-            self.tokenizer = load_tokenizer(str(self.run_dir / MODEL_FOLDER))
+            self.tokenizer = load_tokenizer(self.run_dir / MODEL_FOLDER)
         else:
             is_new = config.tokenizer is not None
             text = "up to 5 MB of train_data, to try it" if self.is_trial else "train_data"
