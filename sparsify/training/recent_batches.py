@@ -15,7 +15,7 @@ from sparsify.training.random_state import get_random_state, set_random_state
 N_SAMPLES = 512
 """Samples that are kept, in whole batches. Their L0 differs by 15 % from sequence to sequence."""
 N_ROWS = 16_384
-"""Tokens of them that SAEs are fitted to, about."""
+"""Tokens of them that SAEs are fitted to, at most one more for each batch."""
 
 Batch = TypeVar("Batch")
 
@@ -49,7 +49,10 @@ class RecentBatches(Generic[Batch]):
 
     @torch.no_grad()
     def fit(self) -> None:
-        """Fit SAEs to the batches, with the weights as they are; draws no random numbers."""
+        """Fit SAEs to the batches, with the weights as they are.
+
+        Leaves the global random generators as they were.
+        """
         if self._are_fitted or not self._batches:
             return
         random = get_random_state()
@@ -58,7 +61,7 @@ class RecentBatches(Generic[Batch]):
         for number, batch in enumerate(self._batches):
             acts = self.forward(batch).sae_acts
             for position, kept in inputs.items():
-                kept.append(_spread_rows(acts[position].input.flatten(end_dim=-2), n_rows, number))
+                kept.append(drawn_rows(acts[position].input.flatten(end_dim=-2), n_rows, number))
         for position, sae in self.saes.items():
             sae.fit(torch.cat(inputs[position]))
         set_random_state(random)
@@ -75,10 +78,10 @@ class RecentBatches(Generic[Batch]):
         self._are_fitted = False
 
 
-def _spread_rows(rows: Float[Tensor, "all d_act"], n: int, number: int) -> Tensor:
-    """At most n rows, evenly spread, which begin at another one in each batch.
+def drawn_rows(rows: Float[Tensor, "all d_act"], n: int, seed: int) -> Float[Tensor, "some d_act"]:
+    """At most n rows, drawn at random by a generator of their own.
 
-    Otherwise the first token of a sequence, often an outlier, could be in all batches or in none.
+    Rows at equal distances could hold the first tokens of all sequences, often outliers, or none.
     """
-    stride = max(1, len(rows) // n)
-    return rows[number % stride :: stride]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return rows[order[:n].to(rows.device)]
