@@ -92,9 +92,13 @@ class BatchTopKSAE(LinearSAE):
             return
         n = self.k * len(inputs)
         largest = inputs.new_empty(0)
+        smallest = inputs.new_zeros(())
         for rows in inputs.split(FIT_ROWS):
             pre_acts = self.affine(self.centred(rows))
-            largest = torch.cat([largest, pre_acts.flatten()])
-            # One more than are active: the threshold is the first entry that is not.
-            largest = largest.topk(min(n + 1, len(largest)), sorted=False).values
-        self.threshold.copy_(largest.amin().clamp(min=0) if len(largest) > n else torch.zeros(()))
+            # Of the first rows half may be positive, of the last hardly any is above the others.
+            largest = torch.cat([largest, pre_acts[pre_acts > smallest]])
+            if len(largest) > n:
+                # One more than are active: the threshold is the first entry that is not.
+                largest = largest[are_largest(largest, n + 1)]
+                smallest = largest.amin()
+        self.threshold.copy_(smallest)
