@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparsify.evaluation.batches import text_tokens, token_id
+from sparsify.evaluation.batches import token_id
 from sparsify.sae_transformer import SAETransformer
 from sparsify.saes.acts import SAEActs
 from sparsify.saes.base import SAE, eval_mode
@@ -110,10 +110,7 @@ def attribute_logit(
     positions = model.chosen(sae_positions)
     hooked = model.hooked_model
     hooked.check_unembedding()
-    if isinstance(tokens, str):
-        ids = text_tokens(model, tokens, "tokens")
-    else:
-        ids = as_tokens(model.tlens_model, tokens)
+    ids = as_tokens(model.tlens_model, tokens)
     vocab_id = token_id(model, vocab_id, "vocab_id")
     minus = None if minus is None else token_id(model, minus, "minus")
     _check(ids, token, [vocab_id, *([] if minus is None else [minus])], positions, hooked)

@@ -131,10 +131,9 @@ def train_script(
 
         return preflight(load_run_class()(config, is_trial=True))
 
-    def origin(path: Path | None, options: Settings) -> tuple[Settings, Path]:
-        content = {} if path is None else read_yaml(path)
+    def origin(path: Path | None, content: Settings, options: Settings) -> tuple[Settings, Path]:
         if merged(content, options).get("resume") is None:
-            return named_file(path, options)
+            return named_file(path, content, options)
         from sparsify.runs.resume import settings_to_resume_with
 
         return settings_to_resume_with(config_class, path, content, options)

@@ -31,19 +31,20 @@ from sparsify.settings.secrets import redact_secrets
 
 Settings = dict[str, Any]
 """What YAML or the command line says, in plain data."""
-Origin = Callable[[Path | None, Settings], tuple[Settings, Path]]
-"""Returns all settings, and the file of most, for the file that is named, if any, and options."""
+Origin = Callable[[Path | None, Settings, Settings], tuple[Settings, Path]]
+"""Returns all settings, and the file of most, for the file that is named, if any, its settings, and
+those of options."""
 
 
-def named_file(path: Path | None, options: Settings) -> tuple[Settings, Path]:
+def named_file(path: Path | None, content: Settings, options: Settings) -> tuple[Settings, Path]:
     """Return the settings of the file that is named on the command line, and of the options.
 
     Raises:
-        UserError: There is none, or it cannot be read.
+        UserError: No file is named.
     """
     if path is None:
         raise UserError("the following arguments are required: CONFIG.yaml; see --help")
-    return merged(read_yaml(path), options), path
+    return merged(content, options), path
 
 
 def load_config(
@@ -90,7 +91,8 @@ def load_config(
     if unknown:
         options = [option for option in parser.option_names() if option.startswith("--")]
         raise UserError(f"unknown option {nearest(unknown[0].split('=')[0], options)}")
-    content, source = origin(namespace.config, overrides(namespace))
+    named = {} if namespace.config is None else read_yaml(namespace.config)
+    content, source = origin(namespace.config, named, overrides(namespace))
     config = validate_config(config_class, content, str(source))
     if secret := ", ".join(_settings_with_secrets(config.model_dump(mode="json"))):
         raise UserError(

@@ -229,7 +229,7 @@ def test_attributions_go_with_ablations_in_the_bundled_model():
             {"tokens": torch.zeros(2, 6, dtype=torch.long)},
             r"tokens: have shape \(2, 6\); give one sequence",
         ),
-        ({"tokens": "def"}, "tokens: is text, and the model has no tokenizer; give token ids"),
+        ({"tokens": "def"}, "text: the model has no tokenizer; give token ids"),
         ({"vocab_id": "def"}, "vocab_id: is text, and the model has no tokenizer"),
         ({"minus": "def"}, "minus: is text, and the model has no tokenizer"),
         ({"tokens": torch.zeros(1, 17, dtype=torch.long)}, "a sequence of 17 does not fit"),
