@@ -173,7 +173,7 @@ def _checked_entries(
             continue
         tensor = check_tensor(value, parameter, place)
         if name == "exp_avg_sq":
-            require(bool((tensor >= 0).all()), tensor, "no negative numbers", place)
+            require(bool((tensor >= 0).all()), tensor, "one without negative numbers", place)
         checked[name] = torch.empty_like(parameter).copy_(tensor)
     return checked
 

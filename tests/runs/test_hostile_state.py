@@ -145,7 +145,7 @@ CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
         "gradients.0 is a tensor (strided, float32, shape [6, 3]), but one of finite numbers was",
     ),
     "gradient of a row that is not there": (put(*GRADIENT, value=sparse([6])), "indices below 6"),
-    "gradient of a row before the first": (put(*GRADIENT, value=sparse([-1])), "without negative numb"),
+    "gradient of a row before the first": (put(*GRADIENT, value=sparse([-1])), "without negative"),
     "gradient of wider rows": (put(*GRADIENT, value=sparse([1], 4)), "but rows of a tensor"),
     "gradient of single entries": (
         put(*GRADIENT, value=lambda t: t.to_sparse()),
