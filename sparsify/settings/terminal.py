@@ -112,8 +112,10 @@ def _forgiving(name: str, warn: Callable[[str, OSError], None]) -> TextIO:
         return stream
     with suppress(OSError):
         stream.flush()
+    file = _ForgivingFile(stream.fileno(), name, warn)
     return io.TextIOWrapper(
-        io.BufferedWriter(_ForgivingFile(stream.fileno(), name, warn)),
+        # With PYTHONUNBUFFERED there is no buffer to flush.
+        file if stream.write_through else io.BufferedWriter(file),
         encoding=stream.encoding,
         errors=stream.errors,
         line_buffering=stream.line_buffering,

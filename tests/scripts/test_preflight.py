@@ -124,14 +124,15 @@ def test_a_run_that_goes_on_is_checked_and_not_touched(
 ):
     config = write_yaml(tmp_path / "config.yaml", content)
     assert train_saes([str(config), "--n_samples", "16"]) == 0
+    save_dir = ("--save_dir", str(content["save_dir"]))
     before = files_in(tmp_path)
     capsys.readouterr()
-    assert train_saes([str(config), "--resume", "--dry-run"]) == 0
+    assert train_saes(["--resume", "--n_samples", "32", "--dry-run", *save_dir]) == 0
     found = lines_by_name(capsys.readouterr().out)
-    assert found["resume"].endswith("resumes after 16 samples")
-    assert "1 checkpoint of" in found["disk"]
-    assert "for 2 batches" in found["step"]
-    assert train_saes([str(config), "--resume", "--dry-run", "--lr", "1"]) == 2
+    assert found["resume"].endswith("resumes after 16 samples, with n_samples: 32 instead of 16")
+    assert "2 checkpoints of" in found["disk"]
+    assert "for 4 batches" in found["step"]
+    assert train_saes(["--resume", "--dry-run", "--lr", "1", *save_dir]) == 2
     found = lines_by_name(capsys.readouterr().out)
     assert "lr: 1.0 instead of 0.01; remove the change" in found["resume"]
     assert found["memory"] == "– needs resume"

@@ -106,8 +106,8 @@ def test_ctrl_c_in_a_step_loses_nothing(
         ),
         (
             ["--model.n_layers", "2", "--train_data.n_epochs", "3", "--lr", "0.5"],
-            "model.n_layers: 2 instead of 3, train_data.n_epochs: 3 instead of null, "
-            "lr: 0.5 instead of 0.02; remove the change",
+            "lr: 0.5 instead of 0.02, model.n_layers: 2 instead of 3, "
+            "train_data.n_epochs: 3 instead of null; remove the change",
         ),
         (["--resume", "/nope"], "resume: there is no folder '/nope'; give the folder of a run"),
     ],

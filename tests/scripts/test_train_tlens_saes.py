@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sparsify import SAETransformer
-from sparsify.losses.total import total_loss
+from sparsify.losses.total import MeanLoss, mean_losses
 from sparsify.runs import sinks
 from sparsify.scripts.train_tlens_saes.run_train_tlens_saes import main
 from sparsify.scripts.train_tlens_saes.sae_run import SAERun
@@ -160,12 +160,12 @@ def test_a_gradient_that_is_not_finite_is_not_stepped_with(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    def steep_loss(*args: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, terms = total_loss(*args)
-        loss.register_hook(lambda grad: grad * torch.inf)
-        return loss, terms
+    def steep_losses(*args: Any) -> tuple[list[MeanLoss], dict[str, Tensor]]:
+        (loss,), terms = mean_losses(*args)
+        loss.mean.register_hook(lambda grad: grad * torch.inf)
+        return [loss], terms
 
-    monkeypatch.setattr(sae_trainer, "total_loss", steep_loss)
+    monkeypatch.setattr(sae_trainer, "mean_losses", steep_losses)
     assert run(config, tmp_path) == 2
     assert re.search(
         r"grad_norm is (nan|inf) after 4 samples, before the optimizer step; set max_grad_norm and",

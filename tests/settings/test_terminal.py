@@ -3,6 +3,8 @@
 import io
 import logging
 import os
+import select
+import subprocess
 import sys
 from pathlib import Path
 
@@ -188,3 +190,26 @@ def test_a_printed_config_reads_back_in_every_encoding(
     assert written == text
     (tmp_path / "stdout").write_text(written, encoding="utf-8")
     assert validate_config(_Named, read_yaml(tmp_path / "stdout"), "").name == name
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_what_is_said_is_there_at_once(unbuffered: str):
+    code = (
+        "from sparsify.settings.terminal import forgiving_streams, tell\n"
+        "import sys\n"
+        "with forgiving_streams():\n"
+        "    sys.stderr.write('first\\n')\n"
+        "    input()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    ) as process:
+        assert process.stderr is not None
+        # It waits for its input before it ends, so a line in a buffer would never come.
+        is_there, _, _ = select.select([process.stderr], [], [], 20)
+        process.communicate("\n")
+    assert is_there
