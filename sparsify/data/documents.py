@@ -242,10 +242,12 @@ class TableRows:
 def wrong_kind(column: str, name: str, found: str, *, is_tokenized: bool) -> str:
     """Return the message on a column that does not hold what `is_tokenized` says."""
     wanted = "lists of token ids" if is_tokenized else "text"
-    other = "false" if is_tokenized else "true"
+    remedies = ["set column_name to another column"]
+    if found.startswith(("text", "lists of int", "lists of uint")):  # which the other value suits
+        remedies.insert(0, f"set is_tokenized: {'false' if is_tokenized else 'true'}")
     return (
         f"is_tokenized: column '{column}' of '{name}' holds {found}, not {wanted}; "
-        f"set is_tokenized: {other}, or column_name to another column"
+        f"{', or '.join(remedies)}"
     )
 
 

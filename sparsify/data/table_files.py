@@ -22,8 +22,8 @@ _BATCH_BYTES = 64_000_000
 _MAX_EMPTY_ROWS = 1_000_000
 
 _FORMATS = {
-    **{".parquet": "parquet", ".jsonl": "json lines", ".ndjson": "json lines", ".json": "json"},
-    **{".arrow": "arrow", ".csv": "csv", ".tsv": "csv"},
+    **{".parquet": "parquet", ".json": "json", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv"},
+    **dict.fromkeys((".jsonl", ".ndjson", ".jsonlines"), "json lines"),
 }
 
 

@@ -156,6 +156,7 @@ LISTED = json.dumps([{"text": "a"}, {"text": "b\n"}, {"n": 1}, {"text": "ü"}], 
 FORMS: dict[str, str | bytes] = {
     "t.JSONL": jsonl("a", "b\n", "ü"),
     "t.ndjson": jsonl("a", "b\n", "ü"),
+    "t.jsonlines": jsonl("a", "b\n", "ü"),
     "t.PARQUET": parquet("a", "b\n", None, "ü"),
     "t.json.gz": gzip.compress(jsonl("a", "b\n", "ü").encode()),
     "two-parts.jsonl.gz": gzip.compress(jsonl("a").encode())
