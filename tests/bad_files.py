@@ -44,9 +44,9 @@ SETTINGS: dict[str, tuple[Mapping[str, Any], str]] = {
     ),
     "model with code": (
         {"tlens_model_path": REMOVED, "tlens_model_name": "Qwen/Qwen-1_8B"},
-        "'Qwen/Qwen-1_8B' may bring Python code, which TransformerLens would execute; set trust",
+        "'Qwen/Qwen-1_8B' may bring Python code, which TransformerLens would execute; if you",
     ),
-    "code of a folder": ({"trust_remote_code": True}, "trust_remote_code: true has no meaning for"),
+    "code of a folder": ({"trust_remote_code": True}, "trust_remote_code: no file can allow code"),
     "model is nowhere": (
         {"tlens_model_path": "nowhere"},
         "tlens_model_path: 'nowhere' has no config.json; give the model/ folder of a train_tlens",
