@@ -10,15 +10,21 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sparsify.saes.acts import Acts, SAEActs
-from sparsify.saes.base import eval_mode
+from sparsify.saes.base import SAE, eval_mode
 from sparsify.saes.build import build_sae
-from sparsify.saes.config import ReLUSAEConfig, SAEConfig
+from sparsify.saes.config import ReLUSAEConfig, SAEConfig, check_reads
 from sparsify.settings.base_config import UserError, validate_config
 from sparsify.settings.paths import with_home
 from sparsify.splicing.edits import Edit
 from sparsify.splicing.hooks import cache_hooks, check_fired, keep_hooks, splice_hooks
 from sparsify.splicing.interventions import Intervention
-from sparsify.splicing.positions import act_widths, as_names, check_have_saes, reads_of
+from sparsify.splicing.positions import (
+    act_widths,
+    as_names,
+    check_fits,
+    check_have_saes,
+    reads_of,
+)
 from sparsify.splicing.sae_dict import SAEDict
 from sparsify.tlens.hook_names import check_hook_names, stop_block
 from sparsify.tlens.hooked_model import Hook, HookedModel, Prefix, TLensModel
@@ -37,13 +43,15 @@ class SAETransformer(nn.Module, TLensNames):
         dict_size_to_input_ratio: Dictionary elements per dimension of the activation, for ReLU
             SAEs. None: `sae` is given.
         sae: Config of the SAEs, one for all positions. None: `dict_size_to_input_ratio` is given.
-        read_positions: For transcoders, the hook point that each reads, in the order of
-            `raw_sae_positions`, where they write. None: SAEs read where they write.
+        saes: SAEs that are there already, for all positions. None: new ones are made.
+        read_positions: The hook point that each SAE reads, in the order of `raw_sae_positions`,
+            where they write. None: SAEs read where they write, which transcoders do not.
 
     Raises:
         UserError: There is no such model, a position repeats, is not a hook point, or has no
-            activation vector per token, what a transcoder reads does not come before what it
-            writes, or both or none of `dict_size_to_input_ratio` and `sae` are given.
+            activation vector per token, what an SAE reads elsewhere does not come before what
+            it writes, not just one of `dict_size_to_input_ratio`, `sae` and `saes` is given, or
+            those that are given do not fit.
     """
 
     def __init__(
@@ -53,28 +61,37 @@ class SAETransformer(nn.Module, TLensNames):
         dict_size_to_input_ratio: float | None = None,
         *,
         sae: SAEConfig | None = None,
+        saes: Mapping[str, SAE] | None = None,
         read_positions: Sequence[str] | str | None = None,
     ) -> None:
         super().__init__()
-        if (dict_size_to_input_ratio is None) == (sae is None):
-            raise UserError("give either dict_size_to_input_ratio or sae, and not both")
-        if sae is None:
+        if [dict_size_to_input_ratio, sae, saes].count(None) != 2:
+            raise UserError("give one of dict_size_to_input_ratio, sae and saes")
+        if dict_size_to_input_ratio is not None:
             sizes = {"dict_size_to_input_ratio": dict_size_to_input_ratio}
             sae = validate_config(ReLUSAEConfig, sizes, "the SAE")
         self.tlens_model = as_model(tlens_model).eval().requires_grad_(False)
         self.hooked_model = HookedModel(self.tlens_model)
         positions = as_names(raw_sae_positions)
-        reads = reads_of(sae, positions, as_names(read_positions))
+        if sae is not None:
+            check_reads(sae, as_names(read_positions))
+        if saes is not None and set(saes) != set(positions):
+            raise UserError(
+                f"saes: are at {', '.join(saes)}, but raw_sae_positions are {', '.join(positions)}"
+            )
+        reads = reads_of(positions, as_names(read_positions))
         widths = act_widths(self.hooked_model, positions, reads)
         self.raw_sae_positions = [position for position in widths if position in positions]
         self.reads = {position: reads[position] for position in self.raw_sae_positions}
-        """The hook point that each SAE reads: the one where it writes, except for transcoders."""
-        self.saes = SAEDict(
-            {
-                position: build_sae(sae, d_act=widths[self.reads[position]], d_out=widths[position])
-                for position in self.raw_sae_positions
-            }
-        )
+        """The hook point that each SAE reads: the one where it writes, or another before it."""
+        self.saes = SAEDict()
+        for position, read in self.reads.items():
+            d_act, d_out = widths[read], None if read == position else widths[position]
+            if sae is not None:
+                self.saes[position] = build_sae(sae, d_act, d_out)
+            elif saes is not None:
+                check_fits(saes[position], position, d_act, d_out)
+                self.saes[position] = saes[position]
         self.saes.to(self.device)
 
     def forward_raw(
@@ -251,6 +268,42 @@ class SAETransformer(nn.Module, TLensNames):
 
         path = Path(with_home(str(path)))
         return load_run(path, device, trust_remote_code=trust_remote_code)
+
+    @staticmethod
+    def from_pretrained(
+        source: str | Path,
+        tlens_model: TLensModel | str | None = None,
+        device: str = "cpu",
+        *,
+        trust_remote_code: bool = False,
+    ) -> "SAETransformer":
+        """The model with the SAEs of any source that `sparsify.formats.load` takes.
+
+        Args:
+            source: A run, file or folder of this or another tool, `user/repo:sub/folder` of the
+                hub, or `wandb:entity/project/run_id`.
+            tlens_model: The model, or its name, as which it is loaded with the processing that
+                the SAEs expect. None: the one that the files name.
+            device: Where to put it.
+            trust_remote_code: Whether Python code that comes with the model on the hub may be
+                executed.
+
+        Raises:
+            UserError: The source is not there or in no known format, the files do not say where
+                the SAEs belong, or they were trained in another model than is given.
+        """
+        from sparsify.formats.models import model_with_saes
+
+        return model_with_saes(source, tlens_model, device, trust_remote_code=trust_remote_code)
+
+    @staticmethod
+    def from_wandb(run_id: str, device: str = "cpu") -> "SAETransformer":
+        """The model of a run that was logged to wandb, `entity/project/run_id`.
+
+        Raises:
+            UserError: There is no such run, or wandb cannot be reached.
+        """
+        return SAETransformer.from_pretrained(f"wandb:{run_id}", device=device)
 
     def splice_hooks(
         self,

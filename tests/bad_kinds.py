@@ -49,8 +49,8 @@ KINDS: dict[str, tuple[Mapping[str, Any], str]] = {
         "saes: 'bandwidth' belongs to kind jumprelu, not to 'topk'; remove it",
     ),
     "read_positions of another kind": (
-        _kind("topk", k=2, read_positions=["blocks.1.ln2.hook_normalized"]),
-        "saes: 'read_positions' belongs to kind transcoder, not to 'topk'; remove it",
+        _kind("codebook", k=2, read_positions=["blocks.1.ln2.hook_normalized"]),
+        "saes.read_positions: kind codebook reads where it writes; remove it, or take one of relu,",
     ),
     "misspelt setting of a kind": (
         _kind("topk", k=2, multik=4),
@@ -90,7 +90,7 @@ KINDS: dict[str, tuple[Mapping[str, Any], str]] = {
     # Transcoders
     "no read_positions": (
         _kind("transcoder", k=2),
-        "saes.read_positions: is required and has no default; set it",
+        "saes.read_positions: kind transcoder reads another hook point than it writes; name it",
     ),
     "misspelt read_positions": (
         _transcoder("blocks.1.ln2.hook_normalised"),
@@ -99,11 +99,11 @@ KINDS: dict[str, tuple[Mapping[str, Any], str]] = {
     "transcoder that reads what comes later": (
         _transcoder("blocks.2.ln2.hook_normalized"),
         "read_positions: 'blocks.2.ln2.hook_normalized' lies behind 'blocks.1.hook_mlp_out', where "
-        "its transcoder writes; name a hook point before it",
+        "its SAE writes; name a hook point before it",
     ),
     "transcoder that reads what it writes": (
         _transcoder("blocks.1.hook_mlp_out"),
-        "read_positions: 'blocks.1.hook_mlp_out' is also where its transcoder writes; name a hook",
+        "read_positions: 'blocks.1.hook_mlp_out' is also where its SAE writes; name a hook",
     ),
     "transcoder that reads two": (
         _transcoder("blocks.1.ln2.hook_normalized", "blocks.0.hook_resid_pre"),

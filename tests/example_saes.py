@@ -50,6 +50,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "relu_tied_bias": {},
     "topk": {"k": 5, "multi_k": 9},
     "batch_topk": {"k": 5},
+    "groupmax": {"k": 8},
     "jumprelu": {"bandwidth": 0.1, "initial_threshold": 0.05},
     "gated": {},
     "matryoshka": {"k": 5, "prefix_shares": [0.25, 0.5]},

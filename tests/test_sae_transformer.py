@@ -363,7 +363,7 @@ def test_size_is_given_once(tiny_model: Any):
     sae = ReLUSAEConfig(dict_size_to_input_ratio=3.0)
     assert SAETransformer(tiny_model, RESID, sae=sae).saes[RESID[0]].n_dict == 48  # 3 * 16
     for ratio, config in ((None, None), (3.0, sae)):
-        with pytest.raises(UserError, match="give either dict_size_to_input_ratio or sae"):
+        with pytest.raises(UserError, match="give one of dict_size_to_input_ratio, sae and saes"):
             SAETransformer(tiny_model, RESID, ratio, sae=config)
     with pytest.raises(UserError, match="dict_size_to_input_ratio: Input should be greater than 0"):
         SAETransformer(tiny_model, RESID, 0.0)

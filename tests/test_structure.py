@@ -22,7 +22,7 @@ ROOMS = (
     ("sae_transformer",),
     ("training", "evaluation"),
     ("runs",),
-    ("sweeps", "attribution"),
+    ("sweeps", "attribution", "formats"),
     ("scripts",),
 )
 """Rooms of the package, from those that may be imported by all that follow."""
@@ -30,6 +30,7 @@ ROOMS = (
 JUSTIFIED = {
     # The names that users type are on the class, and loading a run builds one.
     ("sparsify.sae_transformer", "sparsify.runs.saved"),
+    ("sparsify.sae_transformer", "sparsify.formats.models"),
 }
 """Imports against the order, each with its reason, which is also a comment where it stands."""
 

@@ -132,7 +132,7 @@ def attribute_logit(
         logit = logits[vocab_id] - (0.0 if minus is None else logits[minus])
         grads = torch.autograd.grad(logit, list(shifts.values()), materialize_grads=True)
         values = {
-            position: code_attributions(model.saes.at(position), seen[position].c, grad)[0]
+            position: code_attributions(model.saes.at(position), seen[position], grad)[0]
             for position, grad in zip(shifts, grads, strict=True)
         }
     c = {position: acts.c[0].detach() for position, acts in seen.items()}
@@ -140,12 +140,12 @@ def attribute_logit(
 
 
 def code_attributions(
-    sae: SAE, c: Float[Tensor, "*sample n_dict"], grad: Float[Tensor, "*sample d_out"]
+    sae: SAE, acts: SAEActs, grad: Float[Tensor, "*sample d_out"]
 ) -> Float[Tensor, "*sample n_dict"]:
     """c_j * dL / dc_j, from the gradient of L by what the SAE writes."""
-    with torch.enable_grad(), torch.autocast(c.device.type, enabled=False):
-        c = c.detach().requires_grad_()
-        (grad_c,) = torch.autograd.grad(sae.decode(c), c, grad)
+    with torch.enable_grad(), torch.autocast(acts.c.device.type, enabled=False):
+        c = acts.c.detach().requires_grad_()
+        (grad_c,) = torch.autograd.grad(sae.decode_beside(c, acts.input.detach()), c, grad)
     return c.detach() * grad_c
 
 

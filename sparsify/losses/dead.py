@@ -10,7 +10,6 @@ dictionary elements.
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn import functional as F
 
 from sparsify.losses.functions import normalised_mse
 from sparsify.saes.acts import SAEActs
@@ -50,8 +49,7 @@ def aux_k(
     error = (acts.target - acts.output).detach()
     pre_acts = sae.pre_acts_of(acts.input, index).masked_fill(acts.c[..., index] != 0, 0.0)
     c = keep_largest(pre_acts, min(k or max(1, sae.d_act // 2), len(index)))
-    elements = F.normalize(sae.decoder.elements[index], dim=1)
-    return normalised_mse(F.linear(c, elements.T), error)
+    return normalised_mse(sae.written_by(c, index, acts.input.detach()), error)
 
 
 def pre_act(sae: SAE, acts: SAEActs, dead: Bool[Tensor, " n_dict"]) -> Float[Tensor, ""]:

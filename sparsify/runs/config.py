@@ -17,7 +17,7 @@ from pydantic import (
 from sparsify.data.config import DataConfig
 from sparsify.losses.ignored_tokens import IgnoredTokens
 from sparsify.losses.loss import LossConfig
-from sparsify.saes.config import DEFAULT_KIND, KINDS, SAEConfig
+from sparsify.saes.config import DEFAULT_KIND, KINDS, SAEConfig, check_reads
 from sparsify.settings.base_config import (
     TAG_MARK,
     BaseConfig,
@@ -35,7 +35,10 @@ class SAEPlacement(BaseConfig):
 
     sae_positions: HookNames
     """Hook points: full names, or runs of their dotted parts (`hook_resid_pre` is that of every
-    block, `blocks.1` never means block 10). A transcoder writes there."""
+    block, `blocks.1` never means block 10). SAEs write there."""
+    read_positions: Annotated[list[str] | None, BeforeValidator(listed)] = None
+    """Hook points that SAEs read, in the order of the sae_positions. Two may read the same. null:
+    they read where they write; a transcoder never does."""
     pretrained_sae_paths: Annotated[list[UserPath] | None, BeforeValidator(listed)] = None
     """Checkpoints whose SAEs to start from. null: all SAEs are new."""
     retrain_saes: bool = False
@@ -61,18 +64,8 @@ class SAEPlacement(BaseConfig):
         )
 
 
-class ReadPlacement(BaseConfig):
-    """Hook points that SAEs read, if they do not read where they write."""
-
-    read_positions: Annotated[list[str], BeforeValidator(listed)]
-    """Hook points that are read, in the order of the sae_positions, where is written. Two may read
-    the same."""
-
-
 def _placed(kind: str, config: type[SAEConfig]) -> "type[SAEsConfig]":
     bases = (config, SAEPlacement)  # fields of the first come last
-    if config.reads_elsewhere:
-        bases = (ReadPlacement, *bases)
     name = config.__name__.removesuffix("Config") + "s"
     # Any: what is made of several bases has no type that create_model could declare.
     make: Any = create_model
@@ -92,7 +85,7 @@ def _tag(saes: object) -> str:
 if TYPE_CHECKING:
 
     class SAEsConfig(SAEConfig, SAEPlacement):
-        """SAEs of one kind. Those that read elsewhere are a `ReadPlacement`, too."""
+        """SAEs of one kind."""
 
 else:
     SAEsConfig = Annotated[
@@ -127,6 +120,11 @@ class SAETransformerConfig(BaseConfig):
                 f"kind must be one of {', '.join(PLACED)}; there is no {nearest(str(kind), PLACED)}"
             )
         return saes
+
+    @model_validator(mode="after")
+    def _read_positions_suit_the_kind(self) -> Self:
+        check_reads(self.saes, self.saes.read_positions)
+        return self
 
     @model_validator(mode="after")
     def _there_is_one_model(self) -> Self:

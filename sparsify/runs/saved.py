@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from sparsify.runs.config import ReadPlacement, SAETransformerConfig
+from sparsify.runs.config import SAETransformerConfig
 from sparsify.runs.run_folder import CONFIG_FILE
 from sparsify.runs.weight_files import (
     STATE_NAME,
@@ -53,7 +53,7 @@ def add_saes(tlens_model: TLensModel, config: SAETransformerConfig) -> SAETransf
         config.saes.sae_positions, tlens_model.hook_dict, "saes.sae_positions"
     )
     reads = None
-    if isinstance(config.saes, ReadPlacement):
+    if config.saes.read_positions is not None:
         known = tlens_model.hook_dict
         reads = [
             name

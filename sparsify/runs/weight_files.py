@@ -81,7 +81,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         return _checked(path, weights)
     if path.suffix != ".pt":
         raise UserError(f"{path}: weights are read from .safetensors and .pt files")
-    return _checked(path, _load_plain(path))
+    return _checked(path, load_plain(path))
 
 
 def _check_is_file(path: Path, max_bytes: int | None = None) -> None:
@@ -190,7 +190,7 @@ def save_state(run_dir: Path, n_samples: int, state: Mapping[str, Any]) -> Path:
                 raise error.__context__ from None
             raise
         try:
-            _load_plain(temporary, is_mapped=True)
+            load_plain(temporary, is_mapped=True)
         except UserError as error:
             raise TypeError(f"the training state could not be loaded again: {error}") from None
     return path
@@ -202,7 +202,7 @@ def load_state(path: Path) -> dict[str, Any]:
     Raises:
         UserError: There is no such file, or it is damaged.
     """
-    state = _load_plain(path)
+    state = load_plain(path)
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds {type(state).__name__}, not a training state")
     return state
@@ -216,7 +216,12 @@ def numbered_files(folder: Path, name: re.Pattern[str]) -> dict[Path, int]:
     return {path: int(match[1]) for path, match in matches.items() if match}
 
 
-def _load_plain(path: Path, *, is_mapped: bool = False) -> Any:
+def load_plain(path: Path, *, is_mapped: bool = False) -> Any:  # what torch.save takes
+    """Return the tensors and plain data of a file made by torch.save, on the CPU.
+
+    Raises:
+        UserError: There is no such file, it is damaged, or it holds other code's objects.
+    """
     try:
         _check_costs_what_it_holds(path)
         return torch.load(path, weights_only=True, map_location="cpu", mmap=is_mapped)

@@ -30,6 +30,9 @@ class SAEActs:
     gates: Float[Tensor, "*sample n_dict"] | None = None
     """How far the gates of a gated SAE are open, 0 where they are closed. None: no gates."""
 
+    norms: Float[Tensor, " n_dict"] | None = None
+    """Norms of the dictionary elements where they are free. None: 1."""
+
     def __repr__(self) -> str:
         l0 = (self.c != 0).sum(dim=-1).float().mean().item()
         return (
@@ -39,8 +42,13 @@ class SAEActs:
 
     @property
     def penalised(self) -> Float[Tensor, "*sample n_dict"]:
-        """Values that a sparsity penalty makes small, none negative: the gates, or the code."""
-        return self.c if self.gates is None else self.gates
+        """Values that a sparsity penalty makes small, none negative: the gates, or the code.
+
+        Times the norms of elements, if these are free: a penalty would else be lowered by elements
+        that grow while their entries shrink.
+        """
+        values = self.c if self.gates is None else self.gates
+        return values if self.norms is None else values * self.norms
 
     @property
     def target(self) -> Float[Tensor, "*sample d_out"]:
@@ -56,6 +64,7 @@ class SAEActs:
             replaced=None if self.replaced is None else self.replaced[kept],
             pre_acts=None if self.pre_acts is None else self.pre_acts[kept],
             gates=None if self.gates is None else self.gates[kept],
+            norms=self.norms,
         )
 
 

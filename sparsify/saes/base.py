@@ -67,6 +67,12 @@ class SAE(nn.Module, ABC):
     def decode(self, c: Float[Tensor, "*sample n_dict"]) -> Float[Tensor, "*sample d_out"]:
         """The activation that a sparse code stands for."""
 
+    def decode_beside(
+        self, c: Float[Tensor, "*sample n_dict"], input: Float[Tensor, "*sample d_act"]
+    ) -> Float[Tensor, "*sample d_out"]:
+        """What `decode` returns, in the scale of an input, where a kind scales what it reads."""
+        return self.decode(c)
+
     @property
     @abstractmethod
     def dict_elements(self) -> Float[Tensor, "n_dict d_out"]:

@@ -53,6 +53,7 @@ class BatchTopKSAE(LinearSAE):
         d_act: Width of the activation.
         n_dict: Dictionary elements.
         k: Elements active on a token, on average.
+        d_out: As in `LinearSAE`.
     """
 
     is_fitted: ClassVar[bool] = True
@@ -60,8 +61,8 @@ class BatchTopKSAE(LinearSAE):
     threshold: Tensor
     """Entries above it are kept in eval mode. Below zero: nothing has been learned yet."""
 
-    def __init__(self, d_act: int, n_dict: int, k: int) -> None:
-        super().__init__(d_act, n_dict)
+    def __init__(self, d_act: int, n_dict: int, k: int, d_out: int | None = None) -> None:
+        super().__init__(d_act, n_dict, d_out)
         self.k = k
         self.register_buffer("threshold", torch.tensor(-1.0))
 

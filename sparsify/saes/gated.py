@@ -29,8 +29,8 @@ class GatedSAE(LinearSAE):
 
     other_weights: tuple[float, ...] = (1.0,)
 
-    def __init__(self, d_act: int, n_dict: int) -> None:
-        super().__init__(d_act, n_dict)
+    def __init__(self, d_act: int, n_dict: int, d_out: int | None = None) -> None:
+        super().__init__(d_act, n_dict, d_out)
         self.log_scale = nn.Parameter(torch.zeros(n_dict))
         self.magnitude_bias = nn.Parameter(torch.zeros(n_dict))
 
@@ -45,12 +45,13 @@ class GatedSAE(LinearSAE):
         """The input, its code and its reconstruction, and the gates."""
         gates = self.affine(self.centred(input))
         c = self.activate(gates)
-        return SAEActs(input=input, c=c, output=self.decode(c), gates=gates.relu())
+        return self.acts_of(input, c, gates=gates.relu())
 
     def other_output(self, acts: SAEActs, index: int) -> Float[Tensor, "*sample d_out"]:
         """The activation that the gates stand for, with a decoder that counts as constant."""
         assert acts.gates is not None
-        return F.linear(acts.gates, self.dict_elements.detach().T, self.decoder.bias.detach())
+        decoded = F.linear(acts.gates, self.used_elements.detach().T, self.decoder.bias.detach())
+        return self.output_of(decoded, acts.input)
 
     def element_parameters(self) -> list[nn.Parameter]:
         """Parameters of every linear SAE, and the magnitudes' scales and biases."""

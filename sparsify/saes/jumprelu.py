@@ -78,10 +78,18 @@ class JumpReLUSAE(LinearSAE):
         n_dict: Dictionary elements.
         bandwidth: Width of the window in which a pre-activation gives its threshold a gradient.
         initial_threshold: Value at which the thresholds start.
+        d_out: As in `LinearSAE`.
     """
 
-    def __init__(self, d_act: int, n_dict: int, bandwidth: float, initial_threshold: float) -> None:
-        super().__init__(d_act, n_dict)
+    def __init__(
+        self,
+        d_act: int,
+        n_dict: int,
+        bandwidth: float,
+        initial_threshold: float,
+        d_out: int | None = None,
+    ) -> None:
+        super().__init__(d_act, n_dict, d_out)
         self.bandwidth = bandwidth
         self.initial_threshold = initial_threshold
         # Its logarithm, so that it stays positive.
@@ -104,7 +112,7 @@ class JumpReLUSAE(LinearSAE):
         """The input, its code and its reconstruction, and the pre-activations."""
         pre_acts = self.affine(self.centred(input))
         c = self.activate(pre_acts)
-        return SAEActs(input=input, c=c, output=self.decode(c), pre_acts=pre_acts)
+        return self.acts_of(input, c, pre_acts=pre_acts)
 
     def active(self, acts: SAEActs) -> Float[Tensor, "*sample n_dict"]:
         """1 where an element is active, with the straight-through gradient of the thresholds."""

@@ -4,7 +4,7 @@ Dimensions as in `sparsify.saes.base`.
 """
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from sparsify.kernels.sparse import decode_active, find_active
 from sparsify.saes.acts import SAEActs
 from sparsify.saes.base import SAE, NewElements
+from sparsify.saes.input_scaling import Scale, scale_of, scaled, unscaled
+from sparsify.saes.scaling_names import InputScaling
 
 RESET_ENCODER_SCALE = 0.2
 """Norm of a reset element's encoder row, relative to the others' mean (Bricken et al. 2023)."""
@@ -80,17 +82,31 @@ class LinearSAE(SAE):
         c        = activate(pre_acts)
         output   = D c + b_dec
 
+    `LinearSAEConfig` has what may differ: no centring, a free norm of the elements, a scaling of
+    the input (which the output undoes), a skip from input to output, another hook point as input.
+
     Elements keep unit norm: what would change it is taken out of their gradient, and they are
     scaled back after each step (Bricken et al. 2023, "Towards Monosemanticity"). The decoder starts
-    from directions that are as orthogonal as there is room for, the encoder as its transpose and
-    both biases at zero (Gao et al. 2024, arXiv:2406.04093).
+    from directions that are as orthogonal as there is room for, the encoder as its transpose, or
+    as any `nn.Linear` if it reads another hook point, and both biases at zero (Gao et al. 2024,
+    arXiv:2406.04093).
+
+    Args:
+        d_act: Width of the activation that is read.
+        n_dict: Dictionary elements.
+        d_out: Width of the activation at another hook point, which is written. None: what is read
+            is written.
     """
 
-    is_centred: ClassVar[bool] = True
-    """The decoder's bias is subtracted before encoding."""
+    is_centred: bool = True
+    """The decoder's bias is subtracted before encoding. Never if another hook point is read."""
 
-    is_held: ClassVar[bool] = True
-    """Elements are held at unit norm. If not, they have any norm and are scaled when used."""
+    decoder_norm: Literal["held", "scaled", "free"] = "held"
+    """Elements are held at unit norm, or have any norm and are scaled to it when they are used, or
+    have any norm and are used as they are."""
+
+    input_scaling: InputScaling = "none"
+    """Scaling of each token that is read, undone where it is written back."""
 
     code_is_pre_acts: ClassVar[bool] = True
     """Each active entry of the code is its pre-activation, so that active elements alone are
@@ -103,13 +119,20 @@ class LinearSAE(SAE):
         super().__init__(d_act, n_dict, d_out)
         self.encoder: nn.Module = nn.Linear(d_act, n_dict)
         self.decoder = Decoder(self.d_out, n_dict)
+        self.skip: nn.Linear | None = None
+        """Leads directly from the input to the output. Not a part of the code."""
+        self.reads_elsewhere = d_out is not None
+        """Reads another hook point than it writes."""
+        if self.reads_elsewhere:
+            self.is_centred = False
         self.initialise()
 
     @torch.no_grad()
     def initialise(self) -> None:
         """Set the parameters, from a decoder that is orthogonal, to where training starts."""
         self.decoder.normalise()
-        self.affine.weight.copy_(self.decoder.elements)
+        if not self.reads_elsewhere:
+            self.affine.weight.copy_(self.decoder.elements)
         self.affine.bias.zero_()
         self.decoder.bias.zero_()
 
@@ -129,9 +152,15 @@ class LinearSAE(SAE):
         that is not so has a `forward` of its own.
         """
 
+    def add_skip(self) -> None:
+        """Add a matrix from the input to the output, which starts at zero."""
+        self.skip = nn.Linear(self.d_act, self.d_out, bias=False)
+        nn.init.zeros_(self.skip.weight)
+
     def centred(self, input: Float[Tensor, "*sample d_act"]) -> Float[Tensor, "*sample d_act"]:
-        """Input of the encoder's affine map: less the decoder's bias if `is_centred`."""
-        return input - self.decoder.bias if self.is_centred else input
+        """Input of the encoder's affine map: scaled, and less the decoder's bias if centred."""
+        read = scaled(input, scale_of(input, self.input_scaling))
+        return read - self.decoder.bias if self.is_centred else read
 
     def pre_acts_of(
         self, input: Float[Tensor, "*sample d_act"], index: Int[Tensor, " some"]
@@ -147,7 +176,48 @@ class LinearSAE(SAE):
 
     def decode(self, c: Float[Tensor, "*sample n_dict"]) -> Float[Tensor, "*sample d_out"]:
         """Sum of the dictionary elements, weighted by `c`, plus the decoder's bias."""
-        return F.linear(c, self.dict_elements.T, self.decoder.bias)
+        return F.linear(c, self.used_elements.T, self.decoder.bias)
+
+    def decode_beside(
+        self, c: Float[Tensor, "*sample n_dict"], input: Float[Tensor, "*sample d_act"]
+    ) -> Float[Tensor, "*sample d_out"]:
+        """What `decode` returns, in the scale of the input."""
+        return unscaled(self.decode(c), self._scale_written(input))
+
+    def written_by(
+        self,
+        c: Float[Tensor, "*sample some"],
+        index: Int[Tensor, " some"],
+        input: Float[Tensor, "*sample d_act"],
+    ) -> Float[Tensor, "*sample d_out"]:
+        """The part of the output that some elements alone write."""
+        part = F.linear(c, self.used_elements[index].T)
+        scale = self._scale_written(input)
+        return part if scale is None else part * scale.factor
+
+    def output_of(
+        self, decoded: Float[Tensor, "*sample d_out"], input: Float[Tensor, "*sample d_act"]
+    ) -> Float[Tensor, "*sample d_out"]:
+        """What is written, from what a code stands for: in the input's scale, plus the skip."""
+        output = unscaled(decoded, self._scale_written(input))
+        return output if self.skip is None else output + self.skip(input)
+
+    def _scale_written(self, input: Float[Tensor, "*sample d_act"]) -> Scale | None:
+        # Another hook point has a scale of its own.
+        return None if self.reads_elsewhere else scale_of(input, self.input_scaling)
+
+    def acts_of(
+        self,
+        input: Float[Tensor, "*sample d_act"],
+        c: Float[Tensor, "*sample n_dict"],
+        decoded: Float[Tensor, "*sample d_out"] | None = None,
+        **others: Tensor | None,
+    ) -> SAEActs:
+        """The activations of a pass, from a code and, unless it is None, what it stands for."""
+        output = self.output_of(self.decode(c) if decoded is None else decoded, input)
+        free = self.decoder_norm == "free"
+        norms = self.decoder.elements.norm(dim=1) if free else None
+        return SAEActs(input=input, c=c, output=output, norms=norms, **others)
 
     def forward(self, input: Float[Tensor, "*sample d_act"]) -> SAEActs:
         """The input, its code and its reconstruction, computed from active elements if it pays."""
@@ -157,8 +227,8 @@ class LinearSAE(SAE):
         kept = pre_acts if self.keeps_pre_acts else None
         entries = find_active(c, self.d_act) if self.code_is_pre_acts else None
         if entries is None:
-            return SAEActs(input=input, c=c, output=self.decode(c), pre_acts=kept)
-        c, output = decode_active(
+            return self.acts_of(input, c, pre_acts=kept)
+        c, decoded = decode_active(
             entries,
             c,
             centred,
@@ -166,25 +236,31 @@ class LinearSAE(SAE):
             self.affine.bias,
             self.decoder.elements,
             self.decoder.bias,
-            is_unit_norm=self.is_held,
+            is_unit_norm=self.decoder_norm != "scaled",
             row_sparse_grads=self.row_sparse_grads,
         )
-        return SAEActs(input=input, c=c, output=output, pre_acts=kept)
+        return self.acts_of(input, c, decoded, pre_acts=kept)
+
+    @property
+    def used_elements(self) -> Float[Tensor, "n_dict d_out"]:
+        """The decoder's elements as `decode` uses them."""
+        elements = self.decoder.elements
+        return F.normalize(elements, dim=1) if self.decoder_norm == "scaled" else elements
 
     @property
     def dict_elements(self) -> Float[Tensor, "n_dict d_out"]:
         """The decoder's elements, of unit norm."""
         elements = self.decoder.elements
-        return elements if self.is_held else F.normalize(elements, dim=1)
+        return elements if self.decoder_norm == "held" else F.normalize(elements, dim=1)
 
     def project_gradients(self) -> None:
         """Take out of the decoder's gradient what would change the norm of its elements."""
-        if self.is_held:
+        if self.decoder_norm == "held":
             self.decoder.project_gradient()
 
     def restore_constraints(self) -> None:
         """Scale the decoder's elements to unit norm."""
-        if self.is_held:
+        if self.decoder_norm == "held":
             self.decoder.normalise()
 
     def element_parameters(self) -> list[nn.Parameter]:
@@ -200,14 +276,26 @@ class LinearSAE(SAE):
         here with those of dead elements for which there was no input, and the encoder's bias is
         zero there. Unlike there, directions are those of inputs and targets less the decoder's
         bias. If the encoder does not subtract that, the mean input takes its place, and the
-        encoder's bias is what subtracting it comes to.
+        encoder's bias is what subtracting it comes to. Elements of free norm get the others' mean.
+        A skip's part of the target is not written by elements.
         """
+        scaling = scale_of(new.inputs, self.input_scaling)
+        inputs, targets, mean_input = scaled(new.inputs, scaling), new.targets, new.mean_input
+        if self.skip is not None:
+            targets = targets - self.skip(new.inputs)
+        if scaling is not None:
+            mean_input = inputs.mean(dim=0)
+        if (written := self._scale_written(new.inputs)) is not None:
+            targets = targets if written.shift is None else targets - written.shift
+            targets = targets / written.factor
         others = torch.ones(self.n_dict, dtype=torch.bool, device=new.index.device)
         others[new.index] = False
-        kept = self.affine.weight[others] if others.any() else self.affine.weight
-        scale = RESET_ENCODER_SCALE * kept.norm(dim=1).mean()
-        centre = self.decoder.bias if self.is_centred else new.mean_input
-        rows = scale * F.normalize(new.inputs - centre, dim=1)
+        others = others if others.any() else ~others
+        scale = RESET_ENCODER_SCALE * self.affine.weight[others].norm(dim=1).mean()
+        free = self.decoder_norm == "free"
+        norm = self.decoder.elements[others].norm(dim=1).mean() if free else 1.0
+        centre = self.decoder.bias if self.is_centred else mean_input
+        rows = scale * F.normalize(inputs - centre, dim=1)
         self.affine.weight[new.index] = rows
         self.affine.bias[new.index] = 0.0 if self.is_centred else -(rows @ centre)
-        self.decoder.elements[new.index] = F.normalize(new.targets - self.decoder.bias, dim=1)
+        self.decoder.elements[new.index] = norm * F.normalize(targets - self.decoder.bias, dim=1)

@@ -26,14 +26,18 @@ class MatryoshkaSAE(BatchTopKSAE):
         n_dict: Dictionary elements.
         k: Elements active on a token, on average.
         prefix_sizes: Elements in each of the smaller dictionaries, ascending.
+        d_out: As in `LinearSAE`.
     """
 
-    def __init__(self, d_act: int, n_dict: int, k: int, prefix_sizes: list[int]) -> None:
-        super().__init__(d_act, n_dict, k)
+    def __init__(
+        self, d_act: int, n_dict: int, k: int, prefix_sizes: list[int], d_out: int | None = None
+    ) -> None:
+        super().__init__(d_act, n_dict, k, d_out)
         self.prefix_sizes = prefix_sizes
         self.other_weights = (1.0,) * len(prefix_sizes)
 
     def other_output(self, acts: SAEActs, index: int) -> Float[Tensor, "*sample d_out"]:
         """The activation that the elements of a prefix stand for alone."""
         size = self.prefix_sizes[index]
-        return F.linear(acts.c[..., :size], self.dict_elements[:size].T, self.decoder.bias)
+        part = F.linear(acts.c[..., :size], self.used_elements[:size].T, self.decoder.bias)
+        return self.output_of(part, acts.input)

@@ -7,7 +7,7 @@ where the columns of D are those of the decoder's weight, scaled to unit norm in
 pass. The weight itself keeps whatever norm the optimizer gives it. The input is not centred.
 """
 
-from typing import ClassVar
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -23,11 +23,11 @@ class ReLUSAE(LinearSAE):
     of the original system's checkpoints.
     """
 
-    is_centred: ClassVar[bool] = False
-    is_held: ClassVar[bool] = False
+    is_centred: bool = False
+    decoder_norm: Literal["held", "scaled", "free"] = "scaled"
 
-    def __init__(self, d_act: int, n_dict: int) -> None:
-        super().__init__(d_act, n_dict)
+    def __init__(self, d_act: int, n_dict: int, d_out: int | None = None) -> None:
+        super().__init__(d_act, n_dict, d_out)
         self.encoder = nn.Sequential(self.encoder)  # for the original's name, encoder.0
 
     def initialise(self) -> None:

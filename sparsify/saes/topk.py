@@ -32,10 +32,19 @@ class TopKSAE(LinearSAE):
         n_dict: Dictionary elements.
         k: Elements active on a token.
         multi_k: Elements in the other code that is trained. None: there is none.
+        d_out: As in `LinearSAE`.
     """
 
-    def __init__(self, d_act: int, n_dict: int, k: int, multi_k: int | None = None) -> None:
-        super().__init__(d_act, n_dict)
+    def __init__(
+        self,
+        d_act: int,
+        n_dict: int,
+        k: int,
+        multi_k: int | None = None,
+        *,
+        d_out: int | None = None,
+    ) -> None:
+        super().__init__(d_act, n_dict, d_out)
         self.k = k
         self.multi_k = multi_k
         self.keeps_pre_acts = multi_k is not None
@@ -51,4 +60,4 @@ class TopKSAE(LinearSAE):
         """The activation that the `multi_k` largest entries stand for."""
         assert acts.pre_acts is not None
         assert self.multi_k is not None
-        return self.decode(keep_largest(acts.pre_acts, self.multi_k))
+        return self.output_of(self.decode(keep_largest(acts.pre_acts, self.multi_k)), acts.input)

@@ -91,7 +91,8 @@ class Edit:
                     steering[:, rows] += one.amount * sae.dict_elements[elements].sum(dim=0)
                 else:
                     c[place] = one.amount * c[place] if one.kind == "scale" else one.amount
-            output = base + (sae.decode(c) - sae.decode(acts.c)) + steering
+            change = sae.decode_beside(c, acts.input) - sae.decode_beside(acts.c, acts.input)
+            output = base + change + steering
         return replace(acts, c=c, output=output)
 
 

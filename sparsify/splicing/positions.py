@@ -5,7 +5,7 @@ from math import prod
 
 from torch import nn
 
-from sparsify.saes.config import SAEConfig, kinds_where
+from sparsify.saes.base import SAE
 from sparsify.settings.base_config import UserError
 from sparsify.tlens.hook_names import check_hook_names
 from sparsify.tlens.hooked_model import HookedModel
@@ -27,23 +27,37 @@ def check_have_saes(positions: Iterable[str], existing: Collection[str], setting
             )
 
 
-def reads_of(sae: SAEConfig, positions: list[str], sources: list[str]) -> dict[str, str]:
+def check_fits(sae: SAE, position: str, d_act: int, d_out: int | None) -> None:
+    """See that an SAE suits the activations where it is put.
+
+    Args:
+        sae: The SAE.
+        position: Hook point where it writes.
+        d_act: Width of what it reads.
+        d_out: Width of what it writes, if it reads another hook point. None: it does not.
+
+    Raises:
+        UserError: It does not.
+    """
+    if (sae.d_act, sae.d_out) != (d_act, d_out or d_act):
+        widths = f"{d_act}" if d_out is None else f"{d_act} and {d_out}"
+        raise UserError(
+            f"the SAE at {position} reads activations of width {sae.d_act} and writes {sae.d_out}, "
+            f"but those of the model have {widths}; check the model and the hook point"
+        )
+
+
+def reads_of(positions: list[str], sources: list[str]) -> dict[str, str]:
     """The hook point that each SAE reads, by the one where it writes.
 
     Args:
-        sae: Config of the SAEs.
         positions: Hook points where they write.
-        sources: Hook points that transcoders read, in the same order. Empty for other kinds.
+        sources: Hook points that they read, in the same order. Empty: SAEs read where they write.
 
     Raises:
-        UserError: The sources do not suit the kind or the positions.
+        UserError: The sources do not suit the positions.
     """
-    if not sae.reads_elsewhere:
-        if sources:
-            raise UserError(
-                f"read_positions: belongs to kind {kinds_where(lambda kind: kind.reads_elsewhere)},"
-                f" but saes.kind is '{sae.kind}', which reads where it writes; remove it"
-            )
+    if not sources:
         return {position: position for position in positions}
     if len(sources) != len(positions):
         raise UserError(
@@ -90,7 +104,7 @@ def act_widths(
     for position, source in reads.items():
         if in_order.index(source) > in_order.index(position):
             raise UserError(
-                f"read_positions: '{source}' lies behind '{position}', where its transcoder "
+                f"read_positions: '{source}' lies behind '{position}', where its SAE "
                 "writes; name a hook point before it"
             )
     return {name: prod(shape) for name, shape in shapes.items()}
@@ -98,6 +112,6 @@ def act_widths(
 
 def _reads_what_it_writes(source: str) -> str:
     return (
-        f"read_positions: '{source}' is also where its transcoder writes; name a hook point before "
-        "it, or take another kind"
+        f"read_positions: '{source}' is also where its SAE writes; name a hook point before "
+        "it, or leave read_positions out"
     )

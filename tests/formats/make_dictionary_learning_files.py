@@ -7,6 +7,8 @@
 `expected.safetensors`: inputs `x`, their codes `c` and reconstructions `output` by the package.
 """
 
+# pyright: reportMissingImports=false
+
 import json
 import shutil
 import tempfile

@@ -157,10 +157,13 @@ def test_other_outputs_are_masked_too(tiny_model: Any, tokens: Tensor):
 def test_masked_acts_keep_all_that_an_sae_left_behind():
     kept = torch.tensor([[True, False], [False, True]])
     widths = {"input": 3, "c": 5, "output": 4, "replaced": 4, "pre_acts": 5, "gates": 5}
-    assert widths.keys() == {field.name for field in fields(SAEActs)}
-    acts = SAEActs(**{name: torch.randn(2, 2, width) for name, width in widths.items()})
-    for name, rows in vars(acts.only(kept)).items():
-        assert rows.equal(torch.stack([getattr(acts, name)[0, 0], getattr(acts, name)[1, 1]]))
+    assert {*widths, "norms"} == {field.name for field in fields(SAEActs)}
+    norms = torch.rand(5)  # of elements, not of tokens
+    rows = {name: torch.randn(2, 2, width) for name, width in widths.items()}
+    acts = SAEActs(norms=norms, **rows)
+    assert acts.only(kept).norms is norms
+    for name, of_all in rows.items():
+        assert getattr(acts.only(kept), name).equal(torch.stack([of_all[0, 0], of_all[1, 1]]))
 
 
 def plain_metrics(model: SAETransformer, tokens: Tensor, kept: Tensor) -> dict[str, float]:

@@ -63,7 +63,7 @@ class IdentityConfig(SAEConfig):
     kind: Literal["identity"] = "identity"
     has_pre_acts: ClassVar[bool] = False
 
-    def build(self, d_act: int, n_dict: int, d_out: int) -> SAE:
+    def build(self, d_act: int, n_dict: int, d_out: int | None) -> SAE:
         return IdentitySAE(d_act)
 
 

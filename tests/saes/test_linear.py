@@ -27,6 +27,12 @@ from sparsify.training.steps import GradientStepper
 
 Build = Callable[[int, int], LinearSAE]
 
+
+def with_skip(sae: LinearSAE) -> LinearSAE:
+    sae.add_skip()
+    return sae
+
+
 # Of width and dictionary size; the transcoders write two dimensions more than they read.
 SPARSE: dict[str, Build] = {
     "relu_tied_bias": ReLUTiedBiasSAE,
@@ -34,7 +40,7 @@ SPARSE: dict[str, Build] = {
     "batch_topk": lambda d_act, n_dict: BatchTopKSAE(d_act, n_dict, k=3),
     "matryoshka": lambda d_act, n_dict: MatryoshkaSAE(d_act, n_dict, 3, [n_dict // 2]),
     "transcoder": lambda d_act, n_dict: Transcoder(d_act, n_dict, d_act + 2),
-    "topk_skip": lambda d_act, n_dict: Transcoder(d_act, n_dict, d_act + 2, 3, has_skip=True),
+    "topk_skip": lambda d_act, n_dict: with_skip(Transcoder(d_act, n_dict, d_act + 2, 3)),
 }
 HELD: dict[str, Build] = {
     **SPARSE,

@@ -68,7 +68,8 @@ def test_gradients_match_hand_computation():
 @pytest.mark.parametrize("d_out", [2, 4, 7])
 def test_the_skip_starts_at_zero_and_what_is_written_has_its_own_width(d_out: int):
     torch.manual_seed(3)
-    with_skip = Transcoder(4, 9, d_out, has_skip=True)
+    with_skip = Transcoder(4, 9, d_out)
+    with_skip.add_skip()
     torch.manual_seed(3)
     without = Transcoder(4, 9, d_out)
     x = torch.randn(2, 5, 4)

@@ -124,6 +124,13 @@ def test_resampling_that_never_comes_is_rejected():
 
 
 N_DICT, N_TOKENS, WORST = 12, 10, 7
+
+
+def with_skip(sae: LinearSAE) -> LinearSAE:
+    sae.add_skip()
+    return sae
+
+
 DEAD = torch.zeros(N_DICT, dtype=torch.bool).index_fill_(0, torch.tensor([1, 5, 6]), True)
 KINDS: dict[str, Callable[[], SAE]] = {
     "relu": lambda: ReLUSAE(5, N_DICT),
@@ -133,7 +140,7 @@ KINDS: dict[str, Callable[[], SAE]] = {
     "jumprelu": lambda: JumpReLUSAE(5, N_DICT, bandwidth=0.5, initial_threshold=0.1),
     "gated": lambda: GatedSAE(5, N_DICT),
     "codebook": lambda: CodebookSAE(5, N_DICT, k=2),
-    "transcoder": lambda: Transcoder(5, N_DICT, 3, has_skip=True),
+    "transcoder": lambda: with_skip(Transcoder(5, N_DICT, 3)),
 }
 
 
