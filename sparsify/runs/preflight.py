@@ -20,6 +20,7 @@ from sparsify.runs.lifecycle import find_checkpoint
 from sparsify.runs.resume import describe_resumption, explained_misfit, folder_to_write_to
 from sparsify.runs.run_folder import check_save_dir
 from sparsify.runs.training_run import OpeningStep, TrainingRun
+from sparsify.runs.wandb_sink import SILENT_MODES, check_wandb_settings
 from sparsify.settings.base_config import UserError
 from sparsify.settings.secrets import redact_secrets
 from sparsify.settings.terminal import can_write, report
@@ -184,13 +185,15 @@ def check_wandb(config: TrainingConfig) -> str:
     """See that a run of Weights & Biases has a key, without contacting the service.
 
     Raises:
-        UserError: Neither the environment nor netrc has one, and it is not to work offline.
+        UserError: Neither the environment nor netrc has one, and it is not to work offline; or a
+            file of the working directory could send it elsewhere.
     """
     if config.wandb_project is None:
         return "no wandb_project, so nothing is sent"
     mode = os.environ.get("WANDB_MODE", "online")
-    if mode in ("offline", "dryrun", "disabled"):
+    if mode in SILENT_MODES:
         return f"WANDB_MODE={mode}: nothing is sent"
+    check_wandb_settings()
     variables = [v for v in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE") if os.environ.get(v)]
     if found := variables or _wandb_hosts_in_netrc():
         return f"{config.wandb_project}: a key is in {found[0]}; it has not been tried"

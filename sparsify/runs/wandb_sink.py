@@ -5,6 +5,7 @@ continues, numbers and weights are in the run folder, and one warning says so. O
 must fix, and can at once, is an error at the start.
 """
 
+import configparser
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from sparsify.runs.console import say
 from sparsify.runs.run_folder import CONFIG_FILE, replace_atomically
 from sparsify.runs.sink import Sink
 from sparsify.settings.base_config import UserError
-from sparsify.settings.files import open_regular
+from sparsify.settings.files import open_regular, read_text
 from sparsify.settings.secrets import REDACTED, one_line, secrets_of_environment
 from sparsify.training.config import TrainingConfig
 
@@ -30,6 +31,12 @@ TIMEOUTS_S = {"init_timeout": 60.0, "finish_timeout": 600.0}
 
 MAX_LOG_BYTES = 200_000_000
 """More than a log of wandb has."""
+
+SILENT_MODES = ("offline", "dryrun", "disabled")
+"""Values of WANDB_MODE with which nothing is sent."""
+
+HARMLESS_SETTINGS = {"entity", "project", "mode", "disabled", "ignore_globs", "save_code"}
+"""Settings that a file of the working directory may make; `wandb init` writes the first two."""
 
 # wandb raises the same class for a service that did not answer and for one that refused; the
 # message of the latter is the service's own.
@@ -130,12 +137,40 @@ class WandbSink(Sink):
                         temporary.write_bytes(cleaned)
 
 
+def check_wandb_settings() -> None:
+    """See that the settings that wandb reads from the working directory send no key elsewhere.
+
+    A folder that comes from elsewhere may have such a file.
+
+    Raises:
+        UserError: It sets more than `HARMLESS_SETTINGS`, or cannot be read.
+    """
+    root = Path(os.environ.get("WANDB_DIR") or ".")
+    for path in (root / "wandb" / "settings", root / ".wandb" / "settings"):
+        parser = configparser.ConfigParser(interpolation=None)
+        try:
+            parser.read_string(read_text(path))
+            others = {name for section in parser.values() for name in section} - HARMLESS_SETTINGS
+            found = ", ".join(sorted(others))
+        except FileNotFoundError:
+            continue
+        except (OSError, UnicodeDecodeError, configparser.Error):
+            found = "something that cannot be read"
+        if found:
+            raise UserError(
+                f"wandb_project: '{path}' sets {found}, and wandb would obey it, which could send "
+                "your key elsewhere; remove the file, and set what you need in the environment"
+            )
+
+
 def _start(config: TrainingConfig, run_name: str, run_dir: Path | None) -> "Run | None":
     """Start the run, on disk with a warning if the service does not answer. None: neither works.
 
     Raises:
         UserError: A person must change something.
     """
+    if os.environ.get("WANDB_MODE") not in SILENT_MODES:
+        check_wandb_settings()
     # Importing wandb takes a second, which only runs that use it should pay.
     import wandb
 

@@ -15,6 +15,7 @@ from sparsify.runs.preflight import (
 )
 from sparsify.runs.text import check_long_enough
 from sparsify.runs.training_run import OpeningStep
+from sparsify.runs.wandb_sink import WandbSink
 from sparsify.settings.base_config import UserError
 from sparsify.training.config import TrainingConfig
 
@@ -85,6 +86,40 @@ def test_wandb_needs_a_key_or_to_be_offline(
     else:
         with pytest.raises(UserError, match=found):
             check_wandb(config)
+
+
+@pytest.mark.parametrize("folder", ["wandb", ".wandb"])
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"[default]\nentity = me\nproject = p\n", None),
+        (b"[default]\nbase_url = http://elsewhere\n", "sets base_url, and wandb would obey it"),
+        (b"[default]\nentity = me\nx_service_transport = x\n", "sets x_service_transport"),
+        (b"base_url = http://elsewhere\n", "sets something that cannot be read"),
+        (b"\xff", "sets something that cannot be read"),
+    ],
+)
+def test_a_file_of_wandb_in_the_working_directory_sends_no_key_elsewhere(
+    folder: str,
+    content: bytes,
+    found: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "settings").write_bytes(content)
+    config = config_of(wandb_project="p")
+    if found is None:
+        assert check_wandb(config).startswith("p: a key is in WANDB_API_KEY")
+        return
+    with pytest.raises(UserError, match=f"wandb_project: '{folder}/settings' {found}"):
+        check_wandb(config)
+    with pytest.raises(UserError, match=found):
+        WandbSink(config, "run", None)
 
 
 def test_without_a_wandb_project_no_key_is_needed():
