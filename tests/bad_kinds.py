@@ -34,15 +34,15 @@ KINDS: dict[str, tuple[Mapping[str, Any], str]] = {
     # Kinds of SAEs
     "unknown kind": (
         {"saes.kind": "top_k"},
-        "saes: kind must be one of relu, relu_tied_bias, topk, batch_topk, jumprelu, gated, "
-        "matryoshka, codebook, transcoder; there is no 'top_k'; did you mean 'topk'?",
+        "saes: kind must be one of relu, relu_tied_bias, topk, batch_topk, groupmax, jumprelu, "
+        "gated, matryoshka, codebook, transcoder; there is no 'top_k'; did you mean 'topk'?",
     ),
     "kind like no other": ({"saes.kind": "dense"}, "codebook, transcoder; there is no 'dense'\n"),
     "several kinds": ({"saes.kind": ["gated"]}, "transcoder; there is no '['gated']'; did you me"),
     "kind left out": (
         {"saes.k": 2},
-        "saes: 'k' belongs to kind topk, batch_topk, matryoshka, codebook, transcoder, not to "
-        "'relu'; remove it, or set kind",
+        "saes: 'k' belongs to kind topk, batch_topk, groupmax, matryoshka, codebook, transcoder, not "
+        "to 'relu'; remove it, or set kind",
     ),
     "setting of another kind": (
         _kind("topk", k=2, bandwidth=0.5),

@@ -333,7 +333,7 @@ def test_a_cross_entropy_needs_no_raw_run(tiny_model: Any, tokens: Tensor):
 def test_a_transcoder_cannot_read_what_it_writes_under_another_name(tiny_bridge: Any):
     names = ["blocks.1.hook_in", "blocks.1.hook_resid_pre"]
     sae = TranscoderConfig(dict_size_to_input_ratio=3)
-    with pytest.raises(UserError, match="is also where its transcoder writes"):
+    with pytest.raises(UserError, match="is also where its SAE writes"):
         SAETransformer(tiny_bridge, names[:1], sae=sae, read_positions=names[1:])
 
 
