@@ -41,8 +41,8 @@ KINDS: dict[str, tuple[Mapping[str, Any], str]] = {
     "several kinds": ({"saes.kind": ["gated"]}, "transcoder; there is no '['gated']'; did you me"),
     "kind left out": (
         {"saes.k": 2},
-        "saes: 'k' belongs to kind topk, batch_topk, groupmax, matryoshka, codebook, transcoder, not "
-        "to 'relu'; remove it, or set kind",
+        "saes: 'k' belongs to kind topk, batch_topk, groupmax, matryoshka, codebook, transcoder, "
+        "not to 'relu'; remove it, or set kind",
     ),
     "setting of another kind": (
         _kind("topk", k=2, bandwidth=0.5),
