@@ -343,7 +343,10 @@ BAD_FILES: dict[str, tuple[str | bytes, str]] = {
         """row 4 has no column 'text', but text in 'content'; rename that, or add "text": null""",
     ),
     "empty-rows.jsonl": ("{}\n{}\n", "row 1 has no column 'text'"),
-    "late.jsonl": (jsonl("a") + '{"text": 7}', "holds values of type int, not text; set is_token"),
+    "late.jsonl": (
+        jsonl("a") + '{"text": 7}',
+        "holds values of type int, not text; set column_name to another col",
+    ),
 }
 
 
