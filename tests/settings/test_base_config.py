@@ -99,8 +99,8 @@ def test_problems_of_a_config_are_told_in_one_message(path: Path, text: str, pro
         (
             {"k": 2},
             [
-                "  saes: 'k' belongs to kind topk, batch_topk, matryoshka, codebook, transcoder, "
-                "not to 'relu'; remove it, or set kind",
+                "  saes: 'k' belongs to kind topk, batch_topk, groupmax, matryoshka, codebook, "
+                "transcoder, not to 'relu'; remove it, or set kind",
             ],
         ),
     ],
