@@ -24,6 +24,7 @@ def recognises(path: Path) -> bool:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             names = [name for name in archive.namelist() if name.endswith("data.pkl")]
             return any(CLASS in archive.open(name).read(MAX_PICKLE_BYTES) for name in names)
+    # What zipfile raises for files that are no zip, damaged, encrypted or compressed in other ways.
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError):
         return False
 

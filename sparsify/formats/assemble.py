@@ -77,8 +77,7 @@ def assemble(
     with torch.device("meta"):  # initial weights would take longer than all else
         sae = build_sae(config, d_act, parts.decoder.shape[1] if reads_elsewhere else None)
     assert isinstance(sae, LinearSAE)
-    names = {name.rpartition(".")[0]: name for name in sae.state_dict()}
-    encoder = "encoder.0" if "encoder.0" in names else "encoder"
+    encoder = "encoder.0" if "encoder.0.weight" in sae.state_dict() else "encoder"
     state = {
         f"{encoder}.weight": parts.encoder,
         f"{encoder}.bias": parts.encoder_bias,

@@ -72,6 +72,8 @@ def locate(source: str | Path) -> Path:
     if os.path.exists(path):
         return path
     text = str(source)
+    if ".." in re.split("[:/]", text):  # would lead out of the folder of what is downloaded
+        raise UserError(f"{text}: there is no such file or folder; check the path")
     if match := WANDB_ID.fullmatch(text):
         return _download_run(match[1])
     if (match := HUB_ID.fullmatch(text)) and text[:1] not in (".", "/", "~"):

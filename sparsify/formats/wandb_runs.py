@@ -1,5 +1,6 @@
 """The files of a run that was logged to wandb: its config and its newest weights."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -47,4 +48,7 @@ def download_run(run_id: str, cache: Path) -> Path:
 
 def _download(file: Any, folder: Path) -> None:  # a file of wandb's client
     folder.mkdir(parents=True, exist_ok=True)
-    file.download(root=str(folder), replace=True)
+    # A download that ends early must not be taken for the file the next time.
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        file.download(root=temporary)
+        (Path(temporary) / file.name).replace(folder / file.name)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsify.formats import FORMATS, WRITERS, load
+from sparsify.formats import FORMATS, WRITERS, load, wandb_runs
 from sparsify.settings.base_config import UserError
 
 FILES = Path(__file__).parent / "files"
@@ -207,6 +207,9 @@ def test_what_is_nowhere_and_cannot_be_had_is_one_message(monkeypatch: pytest.Mo
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="there is no such file or folder; give one, a repositor"):
         load("./nowhere")
+    for outside in ("nobody/nothing:../../etc", "wandb:../../run"):
+        with pytest.raises(UserError, match="there is no such file or folder; check the path"):
+            load(outside)
     with pytest.raises(UserError, match="nobody/nothing: cannot be had from the hub"):
         load("nobody/nothing:sub/folder")
 
@@ -237,3 +240,26 @@ def test_an_sae_goes_from_one_format_to_another_or_is_refused_by_name(
     torch.testing.assert_close(after.c, before.c, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(after.output, before.output, atol=1e-6, rtol=1e-6)
     assert again.position == entry.position
+
+
+class File:
+    """A file of a run of wandb, whose service cannot be reached in a test."""
+
+    def __init__(self, source: Path) -> None:
+        self.name = source.name
+        self.source = source
+
+    def download(self, root: str) -> None:
+        target = Path(root) / self.name
+        target.write_bytes(self.source.read_bytes()[:7])
+        if self.source.stat().st_size > 7:
+            raise ConnectionError("the network is gone")
+
+
+def test_a_download_that_ends_early_leaves_no_file(tmp_path: Path):
+    (whole := tmp_path / "whole.pt").write_bytes(b"1234567")
+    (cut := tmp_path / "cut.pt").write_bytes(b"12345678")
+    wandb_runs._download(File(whole), tmp_path / "cache")
+    with pytest.raises(ConnectionError):
+        wandb_runs._download(File(cut), tmp_path / "cache")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["whole.pt"]
